@@ -1,0 +1,150 @@
+"""Decoding side by side: clips one by one, in batches, and by the stock loop on the same batches.
+
+    python benchmarks/generation.py            # 64 clips of 1 to 10 s, batches of 16
+    python benchmarks/generation.py --quick    # seconds
+
+A random model of the demo's size; its stop token is made one that it says early in some answers and late in others.
+Prints one JSON line: CPU seconds of each way, speed-ups, and whether all texts are the same (they are in float32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen2audio_train.config import ModelConfig, ModelKind
+from qwen2audio_train.data.examples import Clip, TaskExample
+from qwen2audio_train.data.render import render
+from qwen2audio_train.data.sample import Sample, build_sample
+from qwen2audio_train.data.tokenizer import train_tokenizer
+from qwen2audio_train.evaluation.generate import Decoding, embed_prompts, generate_texts, stop_ids
+from qwen2audio_train.layout import SAMPLING_RATE
+from qwen2audio_train.model.build import build_model
+from qwen2audio_train.model.packed import PackedQwen2Audio
+
+ARCHITECTURE = {
+    "audio_config": {"d_model": 144, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 576},
+    "text_config": {
+        "hidden_size": 192,
+        "intermediate_size": 576,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def random_model(tokenizer: Any) -> PackedQwen2Audio:
+    """Weights spread wide, so that the best token is clear of the second."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(kind=ModelKind.tiny, architecture=ARCHITECTURE)
+    model = build_model(cfg, tokenizer=tokenizer).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed_positions" not in name:
+                weight.mul_(3.0)
+    return model
+
+
+@torch.no_grad()
+def let_answers_end(model: PackedQwen2Audio, tokenizer: Any, samples: list[Sample], length: int) -> None:
+    """Exchange the stop token's row of the head with that of the token whose first places are the most spread out."""
+    answers = stock_ids(model, tokenizer, samples, Decoding(max_new_tokens=length, min_new_tokens=length))
+    places = [[(row == token).nonzero()[:1].sum().item() or length for row in answers] for token in answers.unique()]
+    chosen = int(answers.unique()[int(np.argmax([np.std(p) * (min(p) > 2) for p in places]))])
+    stop, weight = stop_ids(tokenizer)[0], model.lm_head.weight
+    weight[[stop, chosen], :] = weight[[chosen, stop], :]
+
+
+def random_prompts(count: int, tokenizer: Any) -> list[Sample]:
+    """Recognition prompts on noise of 1 to 10 s."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(count):
+        seconds = rng.uniform(1.0, 10.0)
+        noise = (0.1 * rng.standard_normal(round(seconds * SAMPLING_RATE))).astype(np.float32)
+        example = TaskExample(str(index), Clip("", seconds), "asr", "en", "", "noise")
+        samples.append(build_sample(render(example, for_generation=True), [noise], tokenizer))
+    return samples
+
+
+def stock_ids(model: PackedQwen2Audio, tokenizer: Any, samples: list[Sample], decoding: Decoding) -> torch.Tensor:
+    """`GenerationMixin.generate` on the embeddings of our encoder."""
+    embeds, mask = embed_prompts(model, samples)
+    stops = stop_ids(tokenizer)
+    return model.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask.long(),
+        max_new_tokens=decoding.max_new_tokens,
+        min_new_tokens=decoding.min_new_tokens,
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=stops[1],
+    )
+
+
+def stock_texts(model: PackedQwen2Audio, tokenizer: Any, samples: list[Sample], decoding: Decoding) -> list[str]:
+    ids = stock_ids(model, tokenizer, samples, decoding)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def timed(run: Callable[[], list[Any]], repeats: int) -> tuple[float, list[Any]]:
+    """Least CPU seconds of `repeats` runs, and the last result."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        with torch.no_grad():
+            texts = run()
+        seconds.append(time.process_time() - start)
+    return min(seconds), texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if args.quick:
+        args.clips, args.max_new_tokens = args.batch, 24
+    torch.set_num_threads(args.threads)
+    tokenizer = train_tokenizer(["the cat sat on the mat and heard what was said"], 400, ["<|en|>"])
+    model = random_model(tokenizer)
+    samples = sorted(random_prompts(args.clips, tokenizer), key=lambda sample: len(sample.input_ids))
+    let_answers_end(model, tokenizer, samples[:: max(1, args.clips // 16)], args.max_new_tokens)
+    batches = [samples[start : start + args.batch] for start in range(0, args.clips, args.batch)]
+    decoding = Decoding(max_new_tokens=args.max_new_tokens, tokens_per_batch=10**9)
+    ways: dict[str, Callable[[], list[Any]]] = {
+        "one_by_one": lambda: [generate_texts(model, tokenizer, [s], decoding)[0] for s in samples],
+        "batched": lambda: [text for batch in batches for text in generate_texts(model, tokenizer, batch, decoding)],
+        "stock_loop": lambda: [text for batch in batches for text in stock_texts(model, tokenizer, batch, decoding)],
+    }
+    results = {name: timed(run, 1 if args.quick else 3) for name, run in ways.items()}
+    seconds = {name: round(result[0], 3) for name, result in results.items()}
+    texts = {name: result[1] for name, result in results.items()}
+    print(
+        json.dumps(
+            {
+                "clips": args.clips,
+                "batch": args.batch,
+                "cpu_s": seconds,
+                "speed_up_over_one_by_one": round(seconds["one_by_one"] / seconds["batched"], 2),
+                "speed_up_over_stock_loop": round(seconds["stock_loop"] / seconds["batched"], 2),
+                "same_as_one_by_one": texts["batched"] == texts["one_by_one"],
+                "same_as_stock_loop": texts["batched"] == texts["stock_loop"],
+                "answer_tokens": [len(tokenizer(text)["input_ids"]) for text in texts["batched"]][:16],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Manifests: make them, look through them, look at one example.
+
+    python launch/data.py convert [mapping.yaml] input=table.csv output=train.jsonl columns.target=sentence ...
+    python launch/data.py chat    manifests=[train.jsonl] output=chat.jsonl
+    python launch/data.py check   manifests=[train.jsonl] against=[test.jsonl]
+    python launch/data.py index   manifests=[train.jsonl] tokenizer=runs/pretrain/checkpoint-1000/model
+    python launch/data.py stats   manifests=[train.jsonl] image=lengths.png
+    python launch/data.py shard   manifests=[train.jsonl] output=shards shard_mib=512
+    python launch/data.py show    manifest=train.jsonl example=utt-0001 image=mel.png
+
+The keys of a command are the fields of its options (ConvertOptions, ChatOptions, CheckOptions, IndexOptions,
+ShardOptions, ShowOptions); a YAML file may hold any of them, and keys on the command line win.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qwen2audio_train.config import ConfigError, load_config, nearest
+from qwen2audio_train.data.audio import AudioError
+from qwen2audio_train.data.chat import ChatOptions, write_chats
+from qwen2audio_train.data.check import CheckOptions, check, summary
+from qwen2audio_train.data.convert import ConvertOptions, convert
+from qwen2audio_train.data.record import ManifestError
+from qwen2audio_train.data.render import ExampleError
+from qwen2audio_train.data.shards import ShardOptions, write_shards
+from qwen2audio_train.data.show import ShowOptions, show
+from qwen2audio_train.data.stats import (
+    IndexOptions,
+    draw_histogram,
+    index_sizes,
+    index_sources,
+    stats_of,
+    stats_table,
+)
+
+USER_ERRORS = (AudioError, ConfigError, ExampleError, FileNotFoundError, ManifestError)
+"""What a user can mend: printed without a traceback."""
+
+
+def run_convert(options: ConvertOptions) -> int:
+    result = convert(options)
+    for error in result.errors[:20]:
+        print(error, file=sys.stderr)
+    if len(result.errors) > 20:
+        print(f"and {len(result.errors) - 20} more", file=sys.stderr)
+    if result.errors and not options.skip_bad:
+        print(f"nothing was written: {len(result.errors)} bad rows (skip_bad=true leaves them out)", file=sys.stderr)
+        return 1
+    print(f"{options.output}: {result.written} examples, {len(result.errors)} rows left out")
+    return 0
+
+
+def run_chat(options: ChatOptions) -> int:
+    require_manifests(options.manifests)
+    print(f"{options.output}: {write_chats(options)} conversations")
+    return 0
+
+
+def run_check(options: CheckOptions) -> int:
+    require_manifests(options.manifests)
+    checked = check(options)
+    print(summary(checked, options.max_shown))
+    if options.report is not None:
+        findings = [asdict(finding) for one in checked for finding in one.findings]
+        Path(options.report).write_text(json.dumps(findings, indent=1, ensure_ascii=False), encoding="utf-8")
+    return 1 if any(one.num_errors for one in checked) else 0
+
+
+def run_index(options: IndexOptions) -> int:
+    if options.tokenizer is None:
+        raise ConfigError("tokenizer: no value was given; token counts need the tokenizer that training uses")
+    print("\n".join(index_sizes(index_sources(options))))
+    return 0
+
+
+def run_stats(options: IndexOptions) -> int:
+    indexes = index_sources(options)
+    print(stats_table({name: stats_of(index) for name, index in indexes.items()}))
+    if options.image is not None:
+        draw_histogram(indexes, options.image)
+    return 0
+
+
+def run_shard(options: ShardOptions) -> int:
+    result = write_shards(options, progress=sys.stderr.isatty())
+    for bad in result.bad[:20]:
+        print(f"{bad.example}: {bad.reason}", file=sys.stderr)
+    size = result.num_bytes / 2**20
+    print(
+        f"{options.output}: {result.num_shards} shards, {result.num_examples} examples, {size:.1f} MiB, "
+        f"{len(result.bad)} examples left out"
+    )
+    return 1 if result.bad else 0
+
+
+def run_show(options: ShowOptions) -> int:
+    print(show(options, colour=sys.stdout.isatty()))
+    return 0
+
+
+def require_manifests(manifests: Sequence[str]) -> None:
+    if not manifests:
+        raise ConfigError("manifests: no value was given; set manifests=[train.jsonl]")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "convert": (ConvertOptions, run_convert),
+    "chat": (ChatOptions, run_chat),
+    "check": (CheckOptions, run_check),
+    "index": (IndexOptions, run_index),
+    "stats": (IndexOptions, run_stats),
+    "shard": (ShardOptions, run_shard),
+    "show": (ShowOptions, run_show),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0, 1 where the data has errors, 2 where the command line has."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"{command}: no such command; {nearest(command, list(COMMANDS))}")
+        schema, run = COMMANDS[command]
+        return run(load_config(given(rest), schema))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def given(arguments: Sequence[str]) -> Any:
+    """YAML files and key=value pairs in one config. Raises ConfigError for anything else."""
+    files = [argument for argument in arguments if "=" not in argument]
+    for argument in files:
+        if not argument.endswith((".yaml", ".yml")):
+            raise ConfigError(f"{argument}: expected key=value, or a YAML file that holds keys")
+    pairs = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
+    return OmegaConf.merge(*[OmegaConf.load(file) for file in files], pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""Score a checkpoint on held-out manifests:  torchrun launch/evaluate.py checkpoint=... manifests.NAME=..."""
+
+from __future__ import annotations
+
+from compose import launch
+
+from qwen2audio_train.config import EvaluateConfig
+from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.manifest import read_manifest
+from qwen2audio_train.data.sample import SampleOptions
+from qwen2audio_train.evaluation.evaluate import evaluate, save, table
+from qwen2audio_train.evaluation.generate import Decoding
+from qwen2audio_train.evaluation.scoring import PairScores, score_pairs
+from qwen2audio_train.evaluation.stage_record import save_stage
+from qwen2audio_train.training.stage import load_for_inference, process
+
+
+def main(config: EvaluateConfig) -> None:
+    model, tokenizer, _ = load_for_inference(config.checkpoint, num_threads=config.num_threads)
+    options = SampleOptions(num_mel_bins=model.config.audio_config.num_mel_bins)
+    decoding = Decoding(max_new_tokens=config.max_new_tokens, tokens_per_batch=config.tokens_per_batch)
+    drawn = {"seed": config.seed, "bootstrap_samples": config.bootstrap_samples}
+    seen = [example for path in config.train_manifests for example in read_manifest(path)]
+    found = [example for path in config.manifests.values() for example in read_manifest(path)]
+    examples = some_of_each(found, config.max_examples)
+    result = evaluate(model, tokenizer, examples, options, decoding=decoding, train_examples=seen, **drawn)
+    pairs: dict[str, PairScores] = {}
+    if config.pairs:
+        preferences = some_of_each(read_manifest(config.pairs), config.max_examples)
+        for audio in ("own", "swapped", "silence"):
+            pairs[audio] = score_pairs(model, tokenizer, preferences, options, audio=audio, **drawn)
+    if process().is_main_process:
+        save(result, config.output_dir)
+        save_stage(result, pairs, config.output_dir)
+        print(table(result.rows))
+        for audio, pair in pairs.items():
+            print(f"pair accuracy with {audio} audio: {pair.accuracy.value:.1%} of {pair.accuracy.n}")
+
+
+def some_of_each(examples: list[Example], count: int) -> list[Example]:
+    """`count` examples of every source, evenly from the whole of it, or all of them for 0."""
+    sources: dict[str, list[Example]] = {}
+    for example in examples:
+        sources.setdefault(example.source, []).append(example)
+    if not count:
+        return examples
+    return [
+        group[place * len(group) // min(count, len(group))]
+        for group in sources.values()
+        for place in range(min(count, len(group)))
+    ]
+
+
+if __name__ == "__main__":
+    launch(main, "evaluate", EvaluateConfig)

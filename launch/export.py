@@ -1,0 +1,33 @@
+"""Write a checkpoint for plain transformers, peft or a server:  python launch/export.py checkpoint=... output_dir=."""
+
+from __future__ import annotations
+
+from compose import fail, launch
+
+from qwen2audio_train.config import ConfigError, ExportConfig
+from qwen2audio_train.data.manifest import read_manifest
+from qwen2audio_train.evaluation.export import check_export, export
+from qwen2audio_train.training.stage import load_for_inference
+
+
+def main(config: ExportConfig) -> None:
+    model, tokenizer, base = load_for_inference(
+        config.checkpoint, num_threads=config.num_threads, dtype=config.dtype, merge=config.merge
+    )
+    folder = export(model, tokenizer, config.output_dir, base=base)
+    print(f"exported to {folder}" + (f", an adapter on {base}" if base else ""))
+    if config.check_manifest is None:
+        return
+    examples = read_manifest(config.check_manifest)[: config.check_examples]
+    different = check_export(folder, model, tokenizer, examples, base=base)
+    for name, ours, stock in different:
+        print(f"{name}: {ours!r} by our path, {stock!r} by the stock classes")
+    if different and config.dtype == "float32":
+        fail(
+            ConfigError(f"{len(different)} of {len(examples)} texts differ in float32, where they have to be the same")
+        )
+    print(f"{len(examples) - len(different)} of {len(examples)} texts are the same by the stock classes")
+
+
+if __name__ == "__main__":
+    launch(main, "export", ExportConfig)

@@ -1,0 +1,85 @@
+"""Preference pairs from a checkpoint's own answers, or by rule from right answers.
+
+    torchrun launch/pairs.py sample checkpoint=runs/demo/sft manifests=[train.jsonl] output=pairs.jsonl score=auto
+    python   launch/pairs.py rules  manifests=[train.jsonl] output=pairs.jsonl rules=[other_clip,segments]
+
+The keys of a command are the fields of its options (SamplingOptions, RuleOptions); a YAML file may hold any of them,
+and keys on the command line win. `score` is auto, error_rate, bleu, exact, judge (with judge.base_url, judge.model and
+the other fields of judge_client.Endpoint), or a function of yours as file.py:function. Sampling goes on where it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from compose import USER_ERRORS, fail
+from data import given
+
+from qwen2audio_train.config import ConfigError, load_config, nearest
+from qwen2audio_train.evaluation.pairs.candidates import CandidatesError
+from qwen2audio_train.evaluation.pairs.make import (
+    RuleOptions,
+    SamplingOptions,
+    answer,
+    judge_client,
+    pairs_by_rule,
+    pairs_of_answers,
+    read_questions,
+)
+from qwen2audio_train.evaluation.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
+from qwen2audio_train.training.stage import load_for_inference, process
+
+
+def run_sample(options: SamplingOptions) -> None:
+    for key in ("checkpoint", "manifests", "output"):
+        if not getattr(options, key):
+            raise ConfigError(f"{key}: no value was given; set {key}=...")
+    outcomes: Counter[str] = Counter()
+    client = judge_client(options) if options.score == "judge" else None
+    score = judge_scorer(client, outcomes) if client else scorer(options.score)
+    questions = read_questions(options.manifests, options.seed)
+    model, tokenizer, _ = load_for_inference(options.checkpoint, num_threads=options.num_threads)
+    file, failed = answer(model, tokenizer, questions, options)
+    if not process().is_main_process:
+        return
+    made = pairs_of_answers(questions, file, failed, score, options, judge_provenance(client) if client else None)
+    print(f"{options.output}: {made.summary()}")
+    if client:
+        print(f"judge: {', '.join(f'{name} {count}' for name, count in outcomes.items())}; spent {client.spent:.4f}")
+
+
+def run_rules(options: RuleOptions) -> None:
+    for key in ("manifests", "output"):
+        if not getattr(options, key):
+            raise ConfigError(f"{key}: no value was given; set {key}=...")
+    print(f"{options.output}: {pairs_by_rule(options).summary()}")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "sample": (SamplingOptions, run_sample),
+    "rules": (RuleOptions, run_rules),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0, or 2 where the command line or the data is wrong."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"{command}: no such command; {nearest(command, list(COMMANDS))}")
+        schema, run = COMMANDS[command]
+        run(load_config(given(rest), schema))
+    except (*USER_ERRORS, CandidatesError, ScoreError) as error:
+        fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

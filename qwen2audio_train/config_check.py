@@ -1,0 +1,111 @@
+"""What a recipe's schema demands beyond types: bounds and choices of its fields, and the words for what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+def at_least(least: float, default: float | None, most: float | None = None) -> Any:
+    """A dataclass field whose number lies between `least` and `most`; `out_of_bounds` asks for it.
+
+    Fields that hold several values say the same in their metadata: `least`, `most`, and `choices` for the words of a
+    list or the keys of a mapping.
+    """
+    return dataclasses.field(default=default, metadata={"least": least, "most": most})
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Hint that ends an error about a misspelt name: the nearest known one, or all of them when none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return f"known here: {', '.join(names)}"
+
+
+def no_choice(key: str, value: Any, choices: Iterable[str]) -> str:
+    known = set(choices)
+    if value is False and known & {"no", "off"}:
+        return f"{key}: YAML reads a bare no or off as false; put it in quotes"
+    return f"{key}: {value!r} is no choice; {nearest(str(value), known)}"
+
+
+def misfits(node: Any, schema: Any, path: str = "") -> Iterator[str]:
+    """Walk plain containers beside their schema and describe every unknown key, wrong container and unknown choice.
+
+    Interpolations and missing values are left to OmegaConf.
+    """
+    schema = _inner_type(schema)
+    key = path.removesuffix(".")
+    if node is None or (isinstance(node, str) and (node == "???" or "${" in node)):
+        return
+    if dataclasses.is_dataclass(schema):
+        hints = get_type_hints(schema)
+        if not isinstance(node, dict):
+            yield f"{key}: {node!r} is no group of keys; expected some of {', '.join(sorted(hints))}"
+            return
+        for name, value in node.items():
+            if name in hints:
+                yield from misfits(value, hints[name], f"{path}{name}.")
+            else:
+                yield f"{path}{name}: unknown key; {nearest(str(name), hints, path)}"
+    elif get_origin(schema) is dict:
+        if not isinstance(node, dict):
+            yield f"{key}: {node!r} is no mapping; expected key: value pairs"
+            return
+        for name, value in node.items():
+            yield from misfits(value, get_args(schema)[1], f"{path}{name}.")
+    elif get_origin(schema) is list and not isinstance(node, list):
+        yield f"{key}: {node!r} is no list; write {key}=[{node}]"
+    elif isinstance(schema, type) and issubclass(schema, Enum) and str(node) not in schema.__members__:
+        yield no_choice(key, node, schema.__members__)
+
+
+def missing(node: Any, path: str = "") -> Iterator[str]:
+    """Describe every mandatory value of a plain container that was not given."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from missing(value, f"{path}{name}.")
+    elif node == "???":
+        key = path.removesuffix(".")
+        yield f"{key}: no value was given, and it has no default; set {key}=..."
+
+
+def _inner_type(schema: Any) -> Any:
+    """`X` of `X | None`."""
+    options = [option for option in get_args(schema) if option is not type(None)]
+    return options[0] if len(options) == 1 and get_origin(schema) not in (dict, list) else schema
+
+
+def out_of_bounds(config: Any, path: str = "") -> Iterator[str]:
+    """Describe every value of a dataclass object, at any depth, that its field's bounds or choices exclude."""
+    for field in dataclasses.fields(config):
+        value, key, demands = getattr(config, field.name), f"{path}{field.name}", field.metadata
+        named = value if isinstance(value, dict) else {"": value}
+        choices = demands.get("choices")
+        if choices is not None:
+            yield from (no_choice(key, word, choices) for word in value if word not in choices)
+        for name, inner in named.items():
+            inner_key = f"{key}.{name}".removesuffix(".")
+            if dataclasses.is_dataclass(inner):
+                yield from out_of_bounds(inner, f"{inner_key}.")
+            else:
+                yield from _out_of_range(inner, inner_key, demands)
+
+
+def _out_of_range(value: Any, key: str, demands: Mapping[str, Any]) -> Iterator[str]:
+    least, most = demands.get("least"), demands.get("most")
+    for number in value if isinstance(value, list) else [value]:
+        yield from too_small(key, number, least)
+        if most is not None and number is not None and number > most:
+            yield f"{key}: {number} is too large; expected {most} or less"
+
+
+def too_small(key: str, number: Any, least: float | None) -> Iterator[str]:
+    """A message when `number` is below `least`; nothing where there is no bound or no number."""
+    if least is not None and isinstance(number, (int, float)) and not number >= least:
+        yield f"{key}: {number} is too small; expected {least} or more"

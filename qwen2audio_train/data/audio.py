@@ -1,0 +1,170 @@
+"""Reading audio: bounds first, then decode, mix to mono, resample to 16 kHz.
+
+A compressed file of two megabytes can hold ten hours of silence, so what a header announces is checked against
+`AudioLimits` before a single sample is decoded. Paths are local files, members of tar files (`shard.tar::a.flac`, read
+in place by offset), or URLs that fsspec understands.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+import numpy as np
+import soundfile
+import soxr
+
+from qwen2audio_train.data.blobs import BlobError
+from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.remote import Remote
+from qwen2audio_train.layout import MIN_FRAMES, SAMPLING_RATE, num_frames
+
+END_TOLERANCE_S = 0.05
+"""A slice may end this much beyond its file: durations in manifests are rounded."""
+
+
+class AudioError(ValueError):
+    """A clip that cannot be read; the message names its path and the reason."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class AudioLimits:
+    """What is decoded at most: the length applies to the clip (the slice), not to the file that it is cut from."""
+
+    max_duration_s: float = 1800.0
+    max_channels: int = 16
+    min_sampling_rate: int = 2_000
+    max_sampling_rate: int = 384_000
+    max_bytes: int = 2**30
+    """Size of a tar member or a download, both of which are held in memory."""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file's header says."""
+
+    duration_s: float
+    sampling_rate: int
+    channels: int
+    num_samples: int
+
+
+def probe(path: str, data: bytes | None = None, limits: AudioLimits = AudioLimits()) -> AudioInfo:
+    """Length, rate and channels of a file (or of its `data`) from the header. Raises AudioError."""
+    with _opened(path, data, limits) as file:
+        return AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels, file.frames)
+
+
+def load_audio(
+    clip: Clip,
+    data: bytes | None = None,
+    limits: AudioLimits = AudioLimits(),
+    channel: int | Literal["mean"] = "mean",
+) -> np.ndarray:
+    """Samples of a clip: (n,) float32, mono, 16 kHz.
+
+    Args:
+        data: the file's bytes, where a reader already holds them; `clip.path` then only names them in errors.
+        channel: mean of the channels, or the index of one.
+
+    Raises:
+        AudioError: not readable, out of bounds, shorter than an audio token, cut off, or not finite.
+    """
+    with _opened(clip.path, data, limits) as file:
+        rate = file.samplerate
+        start, stop = _bounds(clip, file, limits)
+        try:
+            file.seek(start)
+            samples = file.read(stop - start, dtype="float32", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise AudioError(clip.path, f"cannot be decoded ({error})") from error
+    if len(samples) < stop - start:
+        got, promised = (start + len(samples)) / rate, stop / rate
+        raise AudioError(
+            clip.path, f"ends after {got:.3f} s where its header promises {promised:.3f} s: is it cut off?"
+        )
+    if not np.isfinite(samples).all():
+        raise AudioError(clip.path, "holds samples that are not finite (NaN or infinity)")
+    waveform = _resampled(_mono(samples, channel, clip.path), rate)
+    if num_frames(len(waveform)) < MIN_FRAMES:
+        raise AudioError(clip.path, f"{len(waveform) / SAMPLING_RATE:.3f} s is too short for an audio token (0.04 s)")
+    return waveform
+
+
+def _mono(samples: np.ndarray, channel: int | Literal["mean"], path: str) -> np.ndarray:
+    if channel == "mean":
+        return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    if not 0 <= channel < samples.shape[1]:
+        raise AudioError(path, f"has {samples.shape[1]} channels, so there is no channel {channel} (counted from 0)")
+    return samples[:, channel]
+
+
+def _resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
+    if rate == SAMPLING_RATE:
+        return np.ascontiguousarray(waveform)
+    return soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ")
+
+
+def _bounds(clip: Clip, file: soundfile.SoundFile, limits: AudioLimits) -> tuple[int, int]:
+    """First and last sample of the slice, at the file's own rate."""
+    rate, frames = file.samplerate, file.frames
+    start = round(clip.start_s * rate)
+    stop = frames if clip.end_s is None else round(clip.end_s * rate)
+    if start >= frames or stop > frames + END_TOLERANCE_S * rate:
+        end = "its end" if clip.end_s is None else f"{clip.end_s:g} s"
+        raise AudioError(clip.path, f"is {frames / rate:.3f} s long: no slice from {clip.start_s:g} s to {end}")
+    stop = min(stop, frames)
+    if stop - start > limits.max_duration_s * rate:
+        raise AudioError(
+            clip.path,
+            f"{(stop - start) / rate:.1f} s is beyond the limit of {limits.max_duration_s:g} s; cut it into slices",
+        )
+    return start, stop
+
+
+def _opened(path: str, data: bytes | None, limits: AudioLimits) -> soundfile.SoundFile:
+    """The open file, its header within the limits."""
+    source: str | BinaryIO = io.BytesIO(data) if data is not None else _source(path, limits)
+    try:
+        file = soundfile.SoundFile(source)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        if isinstance(source, str) and not os.path.isfile(source):
+            raise AudioError(path, "no such file") from error
+        raise AudioError(
+            path, f"is no audio that libsndfile reads ({error}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
+        ) from error
+    try:
+        _check_header(file, path, limits)
+    except AudioError:
+        file.close()
+        raise
+    return file
+
+
+def _check_header(file: soundfile.SoundFile, path: str, limits: AudioLimits) -> None:
+    if file.frames <= 0:
+        raise AudioError(path, "holds no samples")
+    if file.frames >= 2**62:
+        raise AudioError(path, "does not say how long it is: is it cut off?")
+    if file.channels > limits.max_channels:
+        raise AudioError(path, f"{file.channels} channels are beyond the limit of {limits.max_channels}")
+    if not limits.min_sampling_rate <= file.samplerate <= limits.max_sampling_rate:
+        bounds = f"{limits.min_sampling_rate}..{limits.max_sampling_rate}"
+        raise AudioError(path, f"a sampling rate of {file.samplerate} Hz is outside of {bounds} Hz")
+
+
+def _source(path: str, limits: AudioLimits) -> str | BinaryIO:
+    try:
+        data = Remote().read_clip(path, limits.max_bytes)
+    except BlobError as error:
+        raise AudioError(path, str(error)) from error
+    return path if data is None else io.BytesIO(data)

@@ -1,0 +1,87 @@
+"""What a manifest line becomes: clips, messages and the three forms of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A piece of audio. `duration_s` is the length of the piece itself, so end_s - start_s where both are given."""
+
+    path: str
+    duration_s: float | None
+    start_s: float = 0.0
+    end_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: tuple[Clip | str, ...]
+
+
+@dataclass(frozen=True)
+class TaskExample:
+    """One clip and what is to be said about it; `text_language` is the language of the target (default: as heard)."""
+
+    id: str
+    clip: Clip
+    task: str
+    language: str | None
+    target: str
+    source: str
+    text_language: str | None = None
+    question: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    """A conversation; `mode` is for evaluation only and never changes what the model sees."""
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str
+    mode: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """A prompt that ends with a user turn, the preferred answer, and one or more rejected ones."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: tuple[str, ...]
+    source: str
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+Example = TaskExample | ChatExample | PreferenceExample
+
+
+def clips_of(example: Example) -> tuple[Clip, ...]:
+    """The example's clips in the order in which the model hears them."""
+    if isinstance(example, TaskExample):
+        return (example.clip,)
+    messages = example.messages if isinstance(example, ChatExample) else example.prompt
+    return tuple(part for message in messages for part in message.content if isinstance(part, Clip))
+
+
+def with_clips(example: Example, clips: Sequence[Clip]) -> Example:
+    """The same example with other clips, as many and in the same order."""
+    if isinstance(example, TaskExample):
+        (clip,) = clips
+        return replace(example, clip=clip)
+    rest = iter(clips)
+    messages = tuple(
+        replace(message, content=tuple(next(rest) if isinstance(part, Clip) else part for part in message.content))
+        for message in (example.messages if isinstance(example, ChatExample) else example.prompt)
+    )
+    if isinstance(example, ChatExample):
+        return replace(example, messages=messages)
+    return replace(example, prompt=messages)

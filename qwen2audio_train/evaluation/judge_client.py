@@ -1,0 +1,206 @@
+"""A client for any endpoint that speaks OpenAI's chat completions: cached, rate-limited, with a bound on cost.
+
+Nothing is paid for twice: every reply is written to disk under the hash of its request before it is used, so a run that
+was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import http.client
+import json
+import os
+import random
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+Messages = Sequence[Mapping[str, str]]
+
+
+class JudgeError(RuntimeError):
+    """The endpoint gave no usable reply; the message says what it gave instead."""
+
+
+class CostCapError(JudgeError):
+    """The next request could cost more than is left."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the judge is, what it costs and how patiently it is asked.
+
+    Attributes:
+        base_url: up to and including the version, such as `https://api.example.com/v1`.
+        api_key_variable: environment variable that holds the key; unset, no key is sent.
+        cache_dir: folder of the replies.
+        requests_per_minute: bound over all threads; None is none.
+        price_per_million: of prompt and of completion tokens, in any currency; max_cost is in the same.
+        max_wait_s: longest pause between two tries.
+    """
+
+    base_url: str
+    model: str
+    cache_dir: str | Path
+    api_key_variable: str = "OPENAI_API_KEY"
+    max_tokens: int = 16
+    timeout_s: float = 60.0
+    max_tries: int = 8
+    max_wait_s: float = 60.0
+    requests_per_minute: float | None = None
+    price_per_million: tuple[float, float] = (0.0, 0.0)
+    max_cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the judge said. `refusal` is set where the endpoint itself marks the reply as refused or filtered."""
+
+    text: str
+    refusal: bool
+    prompt_tokens: int
+    completion_tokens: int
+    from_cache: bool = False
+
+
+@dataclass
+class Client:
+    """Asks the endpoint; safe to share between threads. `sleep` is there for tests."""
+
+    endpoint: Endpoint
+    sleep: Callable[[float], None] = time.sleep
+    spent: float = 0.0
+    num_requests: int = 0
+    _reserved: float = 0.0
+    _next_start: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def complete(self, messages: Messages) -> Reply:
+        """The reply to a conversation at temperature 0, from the cache if it was asked before.
+
+        Raises:
+            CostCapError: nothing was sent, because it might cost more than is left.
+            JudgeError: refused for good (a wrong key, say), or still failing after `max_tries`.
+        """
+        request = self._request(messages)
+        path = self._cache_path(request)
+        known = _read_json(path)
+        if known is not None:
+            return Reply(**known["reply"], from_cache=True)
+        estimate = self._price(sum(len(m["content"]) for m in messages) // 2, self.endpoint.max_tokens)
+        self._reserve(estimate)
+        cost = 0.0
+        try:
+            reply = self._try(request)
+            cost = self._price(reply.prompt_tokens, reply.completion_tokens) if reply.prompt_tokens else estimate
+            fields = {name: value for name, value in vars(reply).items() if name != "from_cache"}
+            _write_json(path, {"request": request, "reply": fields})
+        finally:
+            with self._lock:
+                self._reserved -= estimate
+                self.spent += cost
+        return reply
+
+    def _request(self, messages: Messages) -> dict[str, Any]:
+        return {
+            "model": self.endpoint.model,
+            "messages": [dict(message) for message in messages],
+            "temperature": 0,
+            "max_tokens": self.endpoint.max_tokens,
+        }
+
+    def _cache_path(self, request: dict[str, Any]) -> Path:
+        text = json.dumps([self.endpoint.base_url, request], sort_keys=True, ensure_ascii=False)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return Path(self.endpoint.cache_dir) / digest[:2] / f"{digest}.json"
+
+    def _price(self, prompt_tokens: int, completion_tokens: int) -> float:
+        prompt, completion = self.endpoint.price_per_million
+        return (prompt * prompt_tokens + completion * completion_tokens) / 1e6
+
+    def _reserve(self, estimate: float) -> None:
+        cap = self.endpoint.max_cost
+        with self._lock:
+            if cap is not None and self.spent + self._reserved + estimate > cap:
+                raise CostCapError(
+                    f"{self.spent:.4f} spent and {self._reserved:.4f} under way: up to {estimate:.4f} more would pass "
+                    f"max_cost {cap:g}; raise it and run again, what is paid for stays in {self.endpoint.cache_dir}"
+                )
+            self._reserved += estimate
+
+    def _try(self, request: dict[str, Any]) -> Reply:
+        problem = ""
+        for attempt in range(self.endpoint.max_tries):
+            self._wait_for_turn()
+            try:
+                return self._send(request)
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                if error.code not in RETRIED_STATUS:
+                    raise JudgeError(f"{self.endpoint.base_url}: {problem}") from error
+                least = _retry_after(error.headers.get("Retry-After"))
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+                # Time-outs, dropped connections, truncated or foreign JSON.
+                problem, least = f"{type(error).__name__}: {error}", 0.0
+            if attempt + 1 < self.endpoint.max_tries:
+                backoff = min(self.endpoint.max_wait_s, 2.0**attempt) * random.uniform(0.5, 1.0)
+                self.sleep(max(least, backoff))
+        raise JudgeError(f"{self.endpoint.base_url}: no reply in {self.endpoint.max_tries} tries, the last: {problem}")
+
+    def _wait_for_turn(self) -> None:
+        with self._lock:
+            self.num_requests += 1
+            now = time.monotonic()
+            start = max(now, self._next_start)
+            rate = self.endpoint.requests_per_minute
+            self._next_start = start + (60.0 / rate if rate else 0.0)
+        if start > now:
+            self.sleep(start - now)
+
+    def _send(self, request: dict[str, Any]) -> Reply:
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(self.endpoint.api_key_variable)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        url = self.endpoint.base_url.rstrip("/") + "/chat/completions"
+        post = urllib.request.Request(url, json.dumps(request).encode(), headers, method="POST")
+        with urllib.request.urlopen(post, timeout=self.endpoint.timeout_s) as response:
+            body = json.load(response)
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        refusal = bool(choice["message"].get("refusal")) or choice.get("finish_reason") == "content_filter"
+        return Reply(text, refusal, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header (a number or a date) asks for."""
+    if not value:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """All of it or nothing, also when two threads write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False)
+    os.replace(file.name, path)

@@ -1,0 +1,1 @@
+"""Preference pairs: answers sampled from a checkpoint and scored, or made by rule, written with their provenance."""

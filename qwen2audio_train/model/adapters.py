@@ -1,0 +1,104 @@
+"""Low-rank adapters on chosen parts of the model. The only file that knows PEFT."""
+
+from __future__ import annotations
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from torch import Tensor
+
+from qwen2audio_train.config import AdapterConfig, AdapterKind, ConfigError
+from qwen2audio_train.model.freeze import PARTS
+from qwen2audio_train.model.packed import PackedQwen2Audio
+
+TARGETS = {
+    "language_model": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    "audio_tower": r"model\.audio_tower\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|fc1|fc2)",
+    "multi_modal_projector": r"model\.multi_modal_projector\.linear",
+}
+"""The linear layers of each part, as a pattern that has to match a module's whole name. PEFT's lists of endings such as
+`q_proj` would hit the audio tower and the language model alike."""
+
+
+def apply_adapter(
+    model: PackedQwen2Audio, cfg: AdapterConfig, *, autocast_adapter_dtype: bool = True
+) -> PackedQwen2Audio | PeftModel:
+    """Freeze `model` and put new adapters on the parts in `cfg.modules`; without an adapter, `model` as it is.
+
+    Args:
+        autocast_adapter_dtype: keep the adapter's weights in float32 in a bfloat16 model; ZeRO-3 needs False.
+
+    Raises:
+        ConfigError: an unknown part.
+    """
+    if cfg.kind is AdapterKind.none:
+        return model
+    if cfg.kind is AdapterKind.qlora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, lora_config(cfg), autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def lora_config(cfg: AdapterConfig) -> LoraConfig:
+    """PEFT's config of a recipe's `adapter`."""
+    for key, parts, known in (("modules", cfg.modules, TARGETS), ("modules_to_save", cfg.modules_to_save, PARTS)):
+        unknown = sorted(set(parts) - set(known))
+        if unknown:
+            raise ConfigError(f"adapter.{key}: found {', '.join(unknown)}, expected some of {', '.join(known)}")
+    if not cfg.modules:
+        raise ConfigError(f"adapter.modules: empty, expected some of {', '.join(TARGETS)}")
+    return LoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        use_dora=cfg.use_dora,
+        use_rslora=cfg.use_rslora,
+        target_modules="|".join(TARGETS[part] for part in cfg.modules),
+        modules_to_save=list(cfg.modules_to_save) or None,
+    )
+
+
+def check_same_adapter(cfg: AdapterConfig, folder: str) -> None:
+    """Compare a recipe's `adapter` with the saved one that is to be trained on.
+
+    Raises:
+        ConfigError: naming the first key that differs.
+    """
+    saved, asked = LoraConfig.from_pretrained(folder), lora_config(cfg)
+    for key, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_dora", "use_dora"), ("use_rslora", "use_rslora")):
+        found, expected = getattr(saved, theirs), getattr(asked, theirs)
+        if found != expected:
+            raise ConfigError(
+                f"adapter.{key}={expected}, and the adapter in {folder} has {key}={found}: set adapter.{key}={found} "
+                "to train it on, or merge it first (launch/export.py) to start a new one"
+            )
+
+
+def load_adapter(model: PackedQwen2Audio, folder: str, *, trainable: bool) -> PeftModel:
+    """`model` with the adapter that is saved in `folder`."""
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the names that they are saved with."""
+    return dict(get_peft_model_state_dict(model))
+
+
+def restore_adapter(model: PeftModel, state: dict[str, Tensor]) -> None:
+    """Put saved tensors, all that `adapter_state` has, into the adapter of `model`."""
+    set_peft_model_state_dict(model, state)
+
+
+def merge_adapter(model: PeftModel) -> PackedQwen2Audio:
+    """The model with the adapter's weights added to its own.
+
+    Raises:
+        ValueError: the merged weights are not finite.
+    """
+    merged = model.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PackedQwen2Audio)
+    return merged

@@ -1,0 +1,173 @@
+"""From a recipe's `model` part to a model: released weights, assembled from two parts, or tiny and random."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase, Qwen2AudioConfig
+from transformers.models.whisper.modeling_whisper import sinusoids
+
+from qwen2audio_train.config import ConfigError, ModelConfig, ModelKind
+from qwen2audio_train.layout import AUDIO_TOKEN, END_OF_TEXT_TOKEN, IM_END_TOKEN, SPECIAL_TOKENS
+from qwen2audio_train.model.assemble import assemble
+from qwen2audio_train.model.freeze import PARTS, part_of
+from qwen2audio_train.model.packed import PackedQwen2Audio
+
+
+def build_model(
+    cfg: ModelConfig,
+    init_from: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantize: bool = False,
+) -> PackedQwen2Audio:
+    """Build the model on the CPU, all of it trainable except for the encoder's positions.
+
+    Random weights (tiny models, the projector of an assembled one) come from torch's global generator: seed it first.
+
+    Args:
+        cfg: the recipe's `model`; `cfg.dtype` is the type of the weights.
+        init_from: hub id or folder of weights that replace those that `cfg.kind` would start from.
+        tokenizer: sizes the vocabulary and names the audio token of a tiny or an assembled model; the audio token of
+            loaded weights has to be its.
+        quantize: hold the language model's weights in 4 bits (needs bitsandbytes and a GPU), for QLoRA.
+
+    Raises:
+        ConfigError: a key that this kind of model needs is missing, weights are missing, or parts do not fit.
+    """
+    dtype = getattr(torch, cfg.dtype.value)
+    if init_from is not None or cfg.kind is ModelKind.released:
+        model = _load(_needed(cfg, "path", init_from), dtype, quantize)
+    elif quantize:
+        raise ConfigError("adapter.kind: qlora quantises saved weights; save the model first and set init_from to it")
+    elif cfg.kind is ModelKind.assembled:
+        encoder, language_model = _needed(cfg, "audio_encoder"), _needed(cfg, "language_model")
+        model = assemble(encoder, language_model, _needed(cfg, "tokenizer", tokenizer), dtype)
+    else:
+        model = PackedQwen2Audio(architecture_config(cfg, tokenizer)).to(dtype)
+        set_sinusoidal_positions(model)
+        if cfg.audio_encoder is not None:
+            trained = _load(cfg.audio_encoder, dtype, quantize=False).model.audio_tower
+            model.model.audio_tower.load_state_dict(trained.state_dict())
+    _check(model.config, tokenizer)
+    return model
+
+
+def _load(path: str, dtype: torch.dtype, quantize: bool) -> PackedQwen2Audio:
+    """Saved weights, all of them."""
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type != Qwen2AudioConfig.model_type:
+        raise ConfigError(f"{path} holds a model of type {model_type}, expected {Qwen2AudioConfig.model_type}")
+    options = {"quantization_config": quantization_config(dtype)} if quantize else {}
+    load: Any = PackedQwen2Audio.from_pretrained
+    model, report = load(path, dtype=dtype, output_loading_info=True, **options)
+    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lost:
+        raise ConfigError(f"{path}: {len(lost)} weights are missing or of another shape, the first is {lost[0]}")
+    return cast(PackedQwen2Audio, model)
+
+
+def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Four-bit weights for the language model alone; encoder, projector and head stay as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["audio_tower", "multi_modal_projector", "lm_head"],
+    )
+
+
+def build_meta_model(cfg: ModelConfig) -> PackedQwen2Audio:
+    """The model that `cfg.architecture` describes without memory behind it: shapes and parameter counts only."""
+    with torch.device("meta"):
+        return PackedQwen2Audio(architecture_config(cfg, None))
+
+
+def _needed(cfg: ModelConfig, name: str, given: Any = None) -> Any:
+    """`given`, else the field `name` of the recipe's `model`."""
+    value = given if given is not None else getattr(cfg, name, None)
+    if value is None:
+        raise ConfigError(
+            f"model.{name}: not given, and a model of kind {cfg.kind.value} needs it; set model.{name}=..."
+        )
+    return value
+
+
+def architecture_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> Qwen2AudioConfig:
+    """Config from the numbers in `cfg.architecture`; the vocabulary is the tokenizer's, if there is one.
+
+    Raises:
+        ConfigError: an unknown key, or widths that the heads do not divide.
+    """
+    numbers = copy.deepcopy(cfg.architecture)
+    unknown = set(numbers) - {"audio_config", "text_config", "audio_token_index"}
+    if unknown:
+        raise ConfigError(
+            f"model.architecture: unknown {sorted(unknown)}; known are audio_config, text_config, audio_token_index"
+        )
+    audio, text = numbers.get("audio_config", {}), numbers.get("text_config", {})
+    audio.setdefault("num_mel_bins", cfg.num_mel_bins)
+    if cfg.kind is ModelKind.tiny:
+        text.setdefault("vocab_size", cfg.vocab_size)
+    if tokenizer is not None:
+        text |= {"vocab_size": len(tokenizer), **special_ids(tokenizer)}
+        numbers["audio_token_index"] = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+    config = Qwen2AudioConfig(**{**numbers, "audio_config": audio, "text_config": text})
+    for part, whole, share in (
+        ("audio_config", "d_model", "encoder_attention_heads"),
+        ("text_config", "num_attention_heads", "num_key_value_heads"),
+        *((("text_config", "hidden_size", "num_attention_heads"),) if "head_dim" not in text else ()),
+    ):
+        size, divisor = getattr(getattr(config, part), whole), getattr(getattr(config, part), share)
+        if size % divisor:
+            raise ConfigError(f"model.architecture.{part}: {whole} {size} is no multiple of {share} {divisor}")
+    return config
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """`tokenizer` with those of `layout.SPECIAL_TOKENS` that it lacks added behind its vocabulary."""
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    return tokenizer
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids that a text config names."""
+    end_of_text, im_end = (cast(int, tokenizer.convert_tokens_to_ids(t)) for t in (END_OF_TEXT_TOKEN, IM_END_TOKEN))
+    return {"pad_token_id": end_of_text, "bos_token_id": end_of_text, "eos_token_id": im_end}
+
+
+def set_sinusoidal_positions(model: PackedQwen2Audio) -> None:
+    """Give the encoder Whisper's fixed positions: built from a config they are random numbers."""
+    table = model.model.audio_tower.embed_positions.weight
+    with torch.no_grad():
+        table.copy_(sinusoids(*table.shape))
+
+
+def _check(config: Qwen2AudioConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse what packed attention cannot do, and a tokenizer of another model."""
+    for name in ("audio_config", "text_config"):
+        part = getattr(config, name)
+        if part.attention_dropout:
+            raise ConfigError(f"{name}.attention_dropout is {part.attention_dropout}, packed attention needs 0")
+        if "sliding_attention" in (getattr(part, "layer_types", None) or ()):
+            raise ConfigError(f"{name} has sliding-window layers, packed attention needs use_sliding_window: false")
+    if tokenizer is None:
+        return
+    audio_token = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+    if audio_token != config.audio_token_index:
+        raise ConfigError(
+            f"{AUDIO_TOKEN} is token {audio_token} of the tokenizer and {config.audio_token_index} of the model; "
+            "load both from the same folder"
+        )
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Parameters of each of `freeze.PARTS`."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts

@@ -1,0 +1,116 @@
+"""What is trained and at which rate: freezing, parameter groups, activation checkpointing, all by part of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen2audio_train.config import ConfigError, FreezeConfig
+from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
+
+PARTS = ("audio_tower", "multi_modal_projector", "language_model", "embed_tokens", "lm_head")
+"""Disjoint parts that together hold every parameter; `language_model` leaves its `embed_tokens` out."""
+
+_PART = re.compile(r"(?:^|\.)(audio_tower|multi_modal_projector|embed_tokens|language_model|lm_head)(?=\.)")
+_ENCODER_LAYER = re.compile(r"(?:^|\.)audio_tower\.(?:.*\.)?layers\.(\d+)\.")
+
+
+def part_of(name: str) -> str:
+    """Part that the parameter `name` belongs to, bare or inside a PEFT wrapper.
+
+    Raises:
+        ValueError: the name has no part in it.
+    """
+    found = _PART.findall(name)
+    if not found:
+        raise ValueError(f"parameter {name} belongs to none of {', '.join(PARTS)}")
+    return "embed_tokens" if "embed_tokens" in found else str(found[0])
+
+
+def set_trainable(model: PackedQwen2Audio, freeze: FreezeConfig) -> None:
+    """Freeze the parts that `freeze` names and train the others; the encoder's fixed positions stay fixed."""
+    for name, parameter in model.named_parameters():
+        positions = name.endswith("embed_positions.weight")
+        parameter.requires_grad_(not positions and not getattr(freeze, part_of(name)))
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    learning_rates: Mapping[str, float],
+    *,
+    weight_decay: float = 0.0,
+    encoder_layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Optimiser groups that hold every trainable parameter exactly once.
+
+    Biases and norm weights (fewer than two dimensions) are not decayed. In the encoder the top layer and the norm above
+    it have the tower's rate, every layer below `encoder_layer_decay` times that of the one above it, and the
+    convolutions are one layer below the first.
+
+    Args:
+        learning_rate: rate of parts that `learning_rates` (part to rate) does not name.
+
+    Returns:
+        Dicts with `name`, `params`, `lr` and `weight_decay`.
+
+    Raises:
+        ValueError: `learning_rates` names an unknown part, or one without a trainable parameter.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    idle = set(learning_rates) - {part_of(name) for name, _ in trainable}
+    if idle:
+        raise ConfigError(
+            f"optimizer.learning_rates: {', '.join(sorted(idle))} has no trainable parameter; "
+            f"known parts are {', '.join(PARTS)}, and a frozen one takes no rate"
+        )
+    layers = len(unwrap(model).model.audio_tower.layers)
+    groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    for name, parameter in trainable:
+        part = part_of(name)
+        below_top = _layers_below_top(name, layers) if part == "audio_tower" else 0
+        # ZeRO-3 leaves an empty tensor behind and keeps the true shape beside it.
+        decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        group = groups.setdefault(
+            (part, below_top, decayed),
+            {
+                "name": f"{part}.{'decay' if decayed else 'no_decay'}.{below_top}",
+                "params": [],
+                "lr": learning_rates.get(part, learning_rate) * encoder_layer_decay**below_top,
+                "weight_decay": weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layers_below_top(name: str, layers: int) -> int:
+    """How many layers an encoder parameter lies below the top one; `layers` for the convolutions."""
+    if match := _ENCODER_LAYER.search(name):
+        return layers - 1 - int(match[1])
+    return layers if re.search(r"\.conv[12]\.", name) else 0
+
+
+def set_activation_checkpointing(model: nn.Module, parts: Collection[str], *, use_reentrant: bool = False) -> None:
+    """Recompute the activations of the layers of `parts` (`audio_tower`, `language_model`) in backward.
+
+    The choice outlives `gradient_checkpointing_enable` and `..._disable`, with which TRL switches it off for the
+    reference model's pass.
+
+    Raises:
+        ValueError: a part without layers.
+    """
+    known = {"audio_tower", "language_model"}
+    if unknown := set(parts) - known:
+        raise ConfigError(f"model.activation_checkpointing: {', '.join(sorted(unknown))} is not one of {sorted(known)}")
+    inner = unwrap(model)
+    inner.checkpointed_parts = tuple(sorted(parts))
+    inner._set_gradient_checkpointing(bool(parts), partial(checkpoint, use_reentrant=use_reentrant))
+    if use_reentrant:
+        # It gives gradients only to what depends on an input that requires one: under an adapter none does.
+        inner.enable_input_require_grads()

@@ -1,0 +1,247 @@
+"""Qwen2-Audio on packed batches: encoder at real lengths, segments end to end in one row, labels only at the LM head.
+
+The classes hold the weights of transformers' Qwen2-Audio under the same names and behave like it when they get its
+arguments. A batch with `cu_q` among its keys is a packed one.
+
+Shape legend: N tokens of the row, M labels, S segments, A clips, F mel columns, n audio tokens, d width of the language
+model. A preference batch has B pairs in rows of T tokens besides.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from qwen2audio_train.layout import MIN_FRAMES, mel_columns
+from qwen2audio_train.model.attention import PACKED_ATTENTION, register_packed_attention
+from qwen2audio_train.model.encoder import encode_packed
+from qwen2audio_train.model.encoder_cache import EncoderCache
+from qwen2audio_train.model.loss import LabelHead, label_nll
+
+STOCK_ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
+"""What a saved config names as its class, so that plain transformers loads it."""
+
+PUBLISHED_NAMES = {
+    r"^language_model.lm_head": "lm_head",
+    r"^language_model.model": "model.language_model",
+    r"^audio_tower": "model.audio_tower",
+    r"^multi_modal_projector": "model.multi_modal_projector",
+}
+"""Where weights of the published checkpoints (transformers 4) lie in the modules of transformers 5."""
+
+BLOCKS = ["Qwen2AudioEncoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]
+"""Units that are wrapped, compiled and checkpointed as a whole."""
+
+
+@dataclass
+class PackedOutput(ModelOutput):
+    """What a packed training batch gives back.
+
+    Attributes:
+        nll_sum: () float32, differentiable: sum of weight x nll.
+        weight_sum: () float32: sum of the weights.
+        nll: (M,) float32, detached.
+        correct: (M,) bool: the label is the most likely token.
+    """
+
+    nll_sum: Tensor | None = None
+    weight_sum: Tensor | None = None
+    nll: Tensor | None = None
+    correct: Tensor | None = None
+
+
+class PackedQwen2AudioModel(Qwen2AudioModel):
+    """Qwen2-Audio without LM head, on packed or stock arguments."""
+
+    _no_split_modules = BLOCKS
+    encoder_cache: EncoderCache | None = None
+    """Outputs of the frozen tower on disk, if the run keeps them."""
+
+    def forward(self, *args: Any, cu_q: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Stock forward, or with `cu_q` the packed one: see `forward_packed`."""
+        if cu_q is None:
+            return cast(BaseModelOutputWithPast, super().forward(*args, **kwargs))
+        return self.forward_packed(*args, cu_q=cu_q, **kwargs)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor,
+        *,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        mel: Tensor,
+        clip_frames: Tensor,
+        audio_slot: Tensor,
+        position_ids: Tensor | None = None,
+        key_index: Tensor | None = None,
+        packed_ids: Tensor | None = None,
+        packed_positions: Tensor | None = None,
+        scatter: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a packed row.
+
+        Args:
+            input_ids, position_ids: (1, N) tokens and their positions; in a preference batch `packed_ids` and
+                `packed_positions` are these, and `input_ids` (2 B, T) is not looked at.
+            cu_q, cu_k: (S + 1,) int32 borders of segments; key_index: see `attention`.
+            mel, clip_frames: (num_mel_bins, F) and (A,), see `encoder`; A may be 0.
+            audio_slot: (n,) places of the audio tokens in the row, in the order of the clips.
+            scatter: (2 B, T) places in the row whose hidden states are wanted, -1 for padding (zeros).
+
+        Returns:
+            `last_hidden_state` (1, N, d), or (2 B, T, d) with `scatter`.
+        """
+        ids, positions = (input_ids, position_ids) if packed_ids is None else (packed_ids, packed_positions)
+        embeds = self.embed(ids, mel, clip_frames, audio_slot)
+        hidden = self.language_model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            cu_q=cu_q,
+            cu_k=cu_k,
+            key_index=key_index,
+            max_q=int(cu_q.diff().max()),
+            max_k=int(cu_k.diff().max()),
+        ).last_hidden_state
+        if scatter is not None:
+            hidden = hidden[0][scatter.clamp(min=0)] * (scatter >= 0).unsqueeze(-1)
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def embed(self, input_ids: Tensor, mel: Tensor, clip_frames: Tensor, audio_slot: Tensor) -> Tensor:
+        """Token embeddings with the audio in its places.
+
+        Args:
+            input_ids: (rows, columns), one row in a packed batch.
+            audio_slot: (n,) places in the flattened `input_ids`.
+
+        Returns:
+            (rows, columns, d).
+
+        Raises:
+            ValueError: `audio_slot` has not one place for every audio token of the clips.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if len(clip_frames) == 0:
+            # Every rank has to run the same modules: a pack without audio runs them on a clip that weighs nothing.
+            mel = mel.new_zeros(mel.size(0), mel_columns(MIN_FRAMES))
+            clip_frames = clip_frames.new_tensor([MIN_FRAMES])
+        audio = self.encode(mel, clip_frames).to(embeds.dtype)
+        if len(audio_slot) == 0:
+            return cast(Tensor, embeds + 0.0 * audio.sum())
+        if len(audio_slot) != len(audio):
+            raise ValueError(
+                f"audio_slot names {len(audio_slot)} places, the clips have {len(audio)} audio tokens "
+                f"(mel frames {clip_frames.tolist()}); give every clip layout.num_audio_tokens(frames) placeholders"
+            )
+        flat = embeds.flatten(0, 1).index_copy(0, audio_slot, audio)
+        return cast(Tensor, flat.view_as(embeds))
+
+    def encode(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+        """Projected audio embeddings (n, d) of packed clips; see `encoder.encode_packed`.
+
+        A frozen tower keeps neither graph nor activations.
+        """
+        trains = any(p.requires_grad for p in self.audio_tower.parameters())
+        if self.encoder_cache is not None and not trains:
+            audio = self.encoder_cache.encode(self.audio_tower, mel, clip_frames)
+        else:
+            with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+                audio = encode_packed(self.audio_tower, mel, clip_frames)
+        return cast(Tensor, self.multi_modal_projector(audio))
+
+
+class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
+    """Qwen2-Audio with LM head, on packed or stock arguments; saved and loaded under the stock name."""
+
+    _no_split_modules = BLOCKS
+
+    checkpointed_parts: tuple[str, ...] = ("audio_tower", "language_model")
+    """Parts whose layers recompute their activations when gradient checkpointing is on."""
+
+    def __init__(self, config: Qwen2AudioConfig) -> None:
+        register_packed_attention()
+        register_weight_names()
+        config._attn_implementation = PACKED_ATTENTION
+        text = cast(PreTrainedConfig, config.text_config)
+        # Not the stock __init__, which would build the stock parts first.
+        super(Qwen2AudioForConditionalGeneration, self).__init__(config)
+        self.model = PackedQwen2AudioModel(config)
+        self.lm_head = LabelHead(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, *args: Any, cu_q: Tensor | None = None, **kwargs: Any) -> Any:
+        """Stock forward, or with `cu_q` the loss of a packed batch: see `forward_packed`."""
+        if cu_q is None:
+            return super().forward(*args, **kwargs)
+        return self.forward_packed(*args, cu_q=cu_q, **kwargs)
+
+    def forward_packed(
+        self, *, predict_from: Tensor, target: Tensor, weight: Tensor, source_id: Tensor | None = None, **batch: Tensor
+    ) -> PackedOutput:
+        """Loss of a packed batch.
+
+        Args:
+            predict_from, target: (M,) place in the row that predicts, and token that it should predict.
+            weight: (M,) float32 factor of each label.
+            source_id: (M,) not looked at here.
+            batch: what `PackedQwen2AudioModel.forward_packed` takes.
+        """
+        hidden = self.model(**batch).last_hidden_state[0]
+        loss = label_nll(hidden[predict_from], self.lm_head, target, weight)
+        return PackedOutput(nll_sum=loss.nll_sum, weight_sum=weight.float().sum(), nll=loss.nll, correct=loss.correct)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Stock, then off again in the parts that were not asked for: see `freeze.set_activation_checkpointing`."""
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        for part in {"audio_tower", "language_model"} - set(self.checkpointed_parts):
+            for module in getattr(self.model, part).modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.gradient_checkpointing = False
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Save as the stock class would: weights under the published names, `architectures` with the stock name."""
+        # With this attribute transformers writes the names that it happened to read.
+        self.__dict__.pop("_weight_conversions", None)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        self.config.architectures = [STOCK_ARCHITECTURE]
+        if is_main_process:
+            self.config.save_pretrained(save_directory)
+
+
+def register_weight_names() -> None:
+    """Tell transformers that our classes read and write the published names; calling it again changes nothing.
+
+    The published checkpoints bear the names of transformers 4. The mapping is spelled out for the whole model, since
+    transformers' own is split over two classes and differs from release to release.
+    """
+    names: list[WeightConverter | WeightRenaming] = [
+        WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_NAMES.items()
+    ]
+    register_checkpoint_conversion_mapping(PackedQwen2Audio.__name__, names, overwrite=True)
+    register_checkpoint_conversion_mapping(PackedQwen2AudioModel.__name__, [], overwrite=True)
+
+
+def unwrap(model: nn.Module) -> PackedQwen2Audio:
+    """The model inside DDP, DeepSpeed, PEFT and torch.compile wrappers.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = [m for m in model.modules() if isinstance(m, PackedQwen2Audio)]
+    if len(found) != 1:
+        raise TypeError(f"expected one PackedQwen2Audio inside {type(model).__name__}, found {len(found)}")
+    return found[0]

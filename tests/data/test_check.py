@@ -1,0 +1,109 @@
+"""Every defect that is planted in a manifest is found, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from qwen2audio_train.data.check import CheckOptions, check, examine, summary
+from qwen2audio_train.data.examples import Clip
+
+Tone = Callable[..., Path]
+
+
+def line(name: str, audio: str, **fields: Any) -> dict[str, Any]:
+    return {"id": name, "audio": audio, "task": "asr", "language": "en", "target": "hello there", **fields}
+
+
+def copy(source: Path, target: Path) -> None:
+    """The same 16-bit samples in another format."""
+    samples, rate = soundfile.read(source, dtype="int16")
+    soundfile.write(target, samples, rate)
+
+
+@pytest.fixture
+def manifest(write_tone: Tone, write_manifest: Callable[..., Path], tmp_path: Path) -> Path:
+    write_tone("good.flac")
+    write_tone("other.wav", seconds=0.5)
+    copy(tmp_path / "good.flac", tmp_path / "twin.wav")
+    soundfile.write(tmp_path / "silent.wav", np.full(16_000, 1e-4), 16_000)
+    soundfile.write(tmp_path / "loud.wav", np.sign(np.sin(np.arange(16_000) / 9)), 16_000, subtype="FLOAT")
+    return write_manifest(
+        [
+            line("good", "good.flac", duration_s=1.0),
+            line("twin", "twin.wav"),
+            line("long", "other.wav", duration_s=0.7),
+            line("gone", "gone.wav", duration_s=1.0),
+            line("silent", "silent.wav"),
+            line("loud", "loud.wav"),
+            line("fast", "good.flac", duration_s=1.0, target="x" * 41),
+            line("good", "loud.wav"),
+            line("typo", "good.flac", taget="x"),
+        ]
+    )
+
+
+def test_every_planted_defect_is_found(manifest: Path) -> None:
+    [found] = check(CheckOptions(manifests=[str(manifest)]))
+    assert sorted((item.line, item.severity, item.kind) for item in found.findings) == [
+        (2, "warning", "duplicate audio"),
+        (3, "error", "duration"),
+        (4, "error", "audio"),
+        (5, "warning", "silence"),
+        (6, "warning", "clipping"),
+        (7, "warning", "duplicate audio"),
+        (7, "warning", "text length"),
+        (8, "error", "duplicate id"),
+        (8, "warning", "clipping"),
+        (8, "warning", "duplicate audio"),
+        (9, "error", "bad line"),
+    ]
+    assert (found.num_examples, found.num_errors) == (8, 4)
+    assert found.seconds == pytest.approx(1.0 + 1.0 + 0.7 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0)
+    text = summary([found], max_shown=1)
+    assert "8 examples, 0.00 h (asr 8)" in text
+    assert "languages: en 8" in text
+    assert "targets: 11 to 41 characters, half of them up to 11" in text
+    assert "error: duration, 1 x" in text
+    assert 'line 3 "long": ' in text
+    assert "and 2 more" in text
+
+
+def test_lines_alone(manifest: Path) -> None:
+    [found] = check(CheckOptions(manifests=[str(manifest)], decode=False))
+    assert [item.kind for item in found.findings] == ["duplicate id", "bad line"]
+
+
+def test_held_out_audio_in_training_is_an_error(write_tone: Tone, write_manifest: Callable[..., Path]) -> None:
+    """Also when the held-out copy is stored losslessly in another format."""
+    path = write_tone("a.wav")
+    copy(path, path.with_suffix(".flac"))
+    write_tone("b.wav", seconds=2.0)
+    train = write_manifest([line("a", "a.wav"), line("b", "b.wav")], "train.jsonl")
+    test = write_manifest(
+        [line("t", "a.flac"), line("u", "b.wav") | {"audio": {"path": "b.wav", "end_s": 1.5}}], "test.jsonl"
+    )
+    found, held_out = check(CheckOptions(manifests=[str(train)], against=[str(test)], num_workers=1))
+    [item] = found.findings
+    assert (item.severity, item.kind, item.example) == ("error", "contamination", "a")
+    assert item.detail == f'the same audio as "t" ({test}:1), which is held out'
+    assert held_out.findings == []
+    assert "nothing to complain about" in summary([held_out], 5)
+
+
+def test_empty_manifest(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("")
+    [found] = check(CheckOptions(manifests=[str(tmp_path / "m.jsonl")]))
+    assert found.num_errors == 1
+
+
+def test_facts_of_a_tone(write_tone: Tone) -> None:
+    facts = examine(Clip(str(write_tone("a.wav", seconds=2.0)), None))
+    assert facts.duration_s == 2.0  # type: ignore[union-attr]
+    assert facts.peak_dbfs == pytest.approx(20 * np.log10(0.5), abs=0.01)  # type: ignore[union-attr]
+    assert facts.clipped_share == 0.0  # type: ignore[union-attr]

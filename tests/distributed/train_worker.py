@@ -1,0 +1,60 @@
+"""Recipes over noise, one after the other, on one rank: `python -m tests.distributed.train_worker CORPUS FOLDER JOBS`.
+
+JOBS is a list of `Job` fields in JSON. One process runs them all, as starting one takes longer than the runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+from tests.runs import pairs_recipe, recipe, train
+
+SOURCES = ("speech", "sound", "text")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run in the folder `name`; `resume` is a checkpoint of an earlier one, `RUN/checkpoint-N`."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    sources: tuple[str, ...] = SOURCES
+    resume: str = "auto"
+
+
+def run(corpus: Path, folder: Path, job: Job) -> None:
+    """Train a job to its end."""
+    resume = job.resume if job.resume == "auto" else str(folder / job.resume)
+    overrides = [*job.overrides, f"resume={resume}"]
+    if job.sources == ("pairs",):
+        config = pairs_recipe(corpus, folder / job.name, *overrides)
+    else:
+        config = recipe(corpus, folder / job.name, *overrides, sources=job.sources)
+    trainer = train(config)
+    if config.deepspeed.stage is not None:
+        assert trainer.model_wrapped.zero_optimization_stage() == config.deepspeed.stage
+        assert trainer.model_wrapped.bfloat16_enabled() == config.trainer.get("bf16", False)
+    del trainer
+    # What accelerate and transformers remember of DeepSpeed would reach the next job.
+    gc.collect()
+    AcceleratorState._reset_state(reset_partial_state=False)
+
+
+def as_json(jobs: list[Job]) -> str:
+    return json.dumps([asdict(job) for job in jobs])
+
+
+def main(corpus: str, folder: str, jobs: str) -> None:
+    for fields in json.loads(jobs):
+        fields |= {key: tuple(fields[key]) for key in ("overrides", "sources")}
+        run(Path(corpus), Path(folder), Job(**fields))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,162 @@
+"""A model joined from a Whisper encoder and a Qwen language model gives back what its parts gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    WhisperConfig,
+    WhisperModel,
+)
+
+from qwen2audio_train.config import ModelConfig, ModelKind
+from qwen2audio_train.layout import AUDIO_TOKEN, SPECIAL_TOKENS
+from qwen2audio_train.model.build import add_special_tokens, build_model
+from qwen2audio_train.model.packed import PackedQwen2Audio
+from tests.model.rows import slot
+
+VOCAB = 64
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+}
+
+
+def whisper(folder: Path, bands: int = 80) -> WhisperModel:
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        num_mel_bins=bands,
+        d_model=24,
+        encoder_layers=2,
+        encoder_attention_heads=3,
+        encoder_ffn_dim=40,
+        decoder_layers=1,
+        decoder_attention_heads=3,
+        decoder_ffn_dim=40,
+        vocab_size=50,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model = WhisperModel(config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def language_model(folder: Path, family: str, tied: bool) -> nn.Module:
+    torch.manual_seed(1)
+    if family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**TEXT, tie_word_embeddings=tied))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**TEXT, tie_word_embeddings=tied, head_dim=16))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def tokenizer(words: int) -> PreTrainedTokenizerFast:
+    vocab = {f"w{i}": i for i in range(words - 1)} | {"<|endoftext|>": words - 1}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def recipe(folder: Path) -> ModelConfig:
+    return ModelConfig(
+        kind=ModelKind.assembled, audio_encoder=str(folder / "whisper"), language_model=str(folder / "lm")
+    )
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True)])
+def test_assembled_model_equals_its_parts(tmp_path: Path, family: str, tied: bool) -> None:
+    encoder = whisper(tmp_path / "whisper").encoder
+    lm = language_model(tmp_path / "lm", family, tied)
+    words = add_special_tokens(tokenizer(VOCAB))
+    model = build_model(recipe(tmp_path), tokenizer=words).eval()
+
+    ids = torch.arange(20)[None] % VOCAB
+    with torch.no_grad():
+        want = lm(input_ids=ids).logits
+        got = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert torch.allclose(got[..., :VOCAB], want, atol=1e-6)
+
+    mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = encoder(mel).last_hidden_state
+        pooled = encoder.layer_norm  # Whisper norms before the pooling would come, Qwen2-Audio after it
+        stock = Qwen2AudioForConditionalGeneration.from_pretrained(_saved(model, tmp_path / "joint")).model.audio_tower
+        expected = stock(mel).last_hidden_state[0]
+        got = model.model.encode(slot(mel[0], 3000), torch.tensor([3000]))
+        assert torch.allclose(got, model.model.multi_modal_projector(expected), atol=1e-5)
+        unpooled = _without_last_norm(encoder, mel)
+        assert torch.allclose(pooled(unpooled), hidden, atol=1e-6)
+        average = unpooled[0].view(750, 2, -1).mean(1)
+        assert torch.allclose(encoder.layer_norm(average), expected, atol=1e-5)
+
+
+def _saved(model: PackedQwen2Audio, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def _without_last_norm(encoder: nn.Module, mel: torch.Tensor) -> torch.Tensor:
+    """Whisper's hidden states in front of its last norm."""
+    caught = []
+    handle = encoder.layer_norm.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    encoder(mel)
+    handle.remove()
+    return caught[0]
+
+
+def test_vocabulary_grows_by_the_audio_tokens_and_no_old_row_changes(tmp_path: Path) -> None:
+    whisper(tmp_path / "whisper")
+    lm = language_model(tmp_path / "lm", "qwen2", tied=True)
+    words = add_special_tokens(tokenizer(VOCAB))
+    model = build_model(recipe(tmp_path), tokenizer=words)
+    assert len(words) == VOCAB + len(SPECIAL_TOKENS) - 1
+    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
+    assert len(embedding) == len(head) == len(words)
+    assert model.config.audio_token_index == words.convert_tokens_to_ids(AUDIO_TOKEN)
+    assert torch.equal(embedding[:VOCAB], lm.get_input_embeddings().weight)
+    assert torch.equal(head, embedding)
+    assert head.data_ptr() != embedding.data_ptr()
+    assert not model.config.text_config.tie_word_embeddings
+
+
+def test_padded_vocabulary_is_kept_where_the_tokenizer_fits_into_it(tmp_path: Path) -> None:
+    whisper(tmp_path / "whisper")
+    language_model(tmp_path / "lm", "qwen2", tied=False)
+    model = build_model(recipe(tmp_path), tokenizer=add_special_tokens(tokenizer(VOCAB - 10)))
+    assert len(model.lm_head.weight) == VOCAB
+
+
+def test_weights_of_an_assembled_model_are_resumed_without_its_parts(tmp_path: Path) -> None:
+    whisper(tmp_path / "whisper", bands=128)
+    language_model(tmp_path / "lm", "qwen3", tied=True)
+    words = add_special_tokens(tokenizer(VOCAB))
+    model = build_model(recipe(tmp_path), tokenizer=words)
+    again = build_model(ModelConfig(kind=ModelKind.assembled), str(_saved(model, tmp_path / "joint")))
+    for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_sliding_windows_are_refused(tmp_path: Path) -> None:
+    whisper(tmp_path / "whisper")
+    config = Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match="sliding-window layers"):
+        build_model(recipe(tmp_path), tokenizer=add_special_tokens(tokenizer(VOCAB)))

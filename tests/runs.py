@@ -1,0 +1,92 @@
+"""A tiny recipe over `noise` and ways to run it, for the tests of training, launch scripts and ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qwen2audio_train.config import StageConfig, load_config
+from qwen2audio_train.training import stage
+from qwen2audio_train.training.arguments import training_arguments
+from qwen2audio_train.training.preference_stage import preference_trainer
+from qwen2audio_train.training.seams import PackedSeams
+from qwen2audio_train.training.trainer import language_modelling_trainer
+
+ARCHITECTURE = {
+    "audio_config": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "max_source_positions": 1500,
+    },
+    "text_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def recipe(corpus: Path, run_dir: Path, *overrides: str, sources: Iterable[str] = ("speech", "sound")) -> StageConfig:
+    """A run of four steps that logs all of them, in float32; `overrides` as on a command line."""
+    values: dict[str, Any] = {
+        "stage": "pretrain",
+        "name": "test",
+        "run_dir": str(run_dir),
+        "model": {"kind": "tiny", "num_mel_bins": 16, "vocab_size": 300, "architecture": ARCHITECTURE},
+        "data": {
+            "sources": {name: {"path": [str(corpus / f"{name}.jsonl")]} for name in sources},
+            "tokens_per_pack": 100,
+            "packs_per_step": 4,
+            "window_examples": 16,
+            "num_workers": 0,
+            "cache_dir": str(corpus / "cache"),
+        },
+        "trainer": {
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+        },
+        "tracker": {"wandb": "off"},
+    }
+    return load_config(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))), StageConfig)
+
+
+def pairs_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
+    """The same for preference pairs, two in a pack."""
+    return recipe(corpus, run_dir, "stage=dpo", "data.samples_per_pack=2", *overrides, sources=["pairs"])
+
+
+def build_trainer(config: StageConfig) -> PackedSeams:
+    """The trainer of a recipe, built as the launch scripts build it."""
+    arguments = training_arguments(config)
+    stage.open_run(config)
+    tokenizer = stage.build_tokenizer(config)
+    model = stage.build_policy(config, tokenizer)
+    batches = stage.training_batches(config, tokenizer)
+    make = preference_trainer if config.stage == "dpo" else language_modelling_trainer
+    return make(config, arguments, model, tokenizer, batches)
+
+
+def train(config: StageConfig) -> PackedSeams:
+    """Run a recipe to its end, or from its checkpoint to its end."""
+    trainer = build_trainer(config)
+    stage.fit(trainer, config)
+    return trainer
+
+
+def logged(config: StageConfig, *names: str) -> list[tuple[float, ...]]:
+    """Figures of every step that a run has logged."""
+    lines = [json.loads(line) for line in (Path(config.run_dir) / "log.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in names) for line in lines if "loss" in line]
