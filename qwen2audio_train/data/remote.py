@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,7 +112,11 @@ class Remote:
         os.replace(part, place)
 
     def _make_room(self, size: int, folder: Path) -> None:
-        files = [(path, path.stat()) for path in folder.iterdir() if path.suffix not in (".lock", ".part")]
+        files = []
+        for path in folder.iterdir():
+            if path.suffix not in (".lock", ".part"):
+                with suppress(FileNotFoundError):  # another process makes room as well
+                    files.append((path, path.stat()))
         excess = size + sum(status.st_size for _, status in files) - self.max_gib * 2**30
         for path, status in sorted(files, key=lambda file: file[1].st_mtime):
             if excess <= 0:

@@ -37,7 +37,7 @@ def test_trained_tokenizer_is_deterministic_and_complete(tokenizer: PreTrainedTo
     assert len(tokenizer) == ids[-1] + 1 <= 330
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<|im_end|>", "<|endoftext|>", "left")
     assert tokenizer.decode(tokenizer("Ünknown 語, 42!").input_ids) == "Ünknown 語, 42!"
-    with pytest.raises(ValueError, match="vocab_size 200 is too small"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size: 200 is too small"):
         train_tokenizer(texts, 200)
 
 
