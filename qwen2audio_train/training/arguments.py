@@ -106,6 +106,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         "save_steps": 500,
         "save_total_limit": 2,
         "lr_scheduler_type": "cosine",
+        "bf16": False,  # TRL's own default is true, also where there is no device for it
         **config.trainer,
         "output_dir": config.run_dir,
         "run_name": config.name,

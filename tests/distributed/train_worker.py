@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.runs import pairs_recipe, recipe, train
 
@@ -41,9 +43,12 @@ def run(corpus: Path, folder: Path, job: Job) -> None:
         assert trainer.model_wrapped.zero_optimization_stage() == config.deepspeed.stage
         assert trainer.model_wrapped.bfloat16_enabled() == config.trainer.get("bf16", False)
     del trainer
-    # What accelerate and transformers remember of DeepSpeed would reach the next job.
+    # What accelerate and transformers remember of DeepSpeed and bf16 would reach the next job.
     gc.collect()
+    unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=False)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def as_json(jobs: list[Job]) -> str:
