@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.noise import write_noise
+
+torch.set_num_threads(1)  # models this small lose more to waiting for a second thread than it computes
 
 
 @pytest.fixture(scope="session")

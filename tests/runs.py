@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from qwen2audio_train.config import StageConfig, load_config
 from qwen2audio_train.training import stage
 from qwen2audio_train.training.arguments import training_arguments
+from qwen2audio_train.training.encoder_stage import build_recogniser, byte_tokenizer, encoder_trainer
 from qwen2audio_train.training.preference_stage import preference_trainer
 from qwen2audio_train.training.seams import PackedSeams
 from qwen2audio_train.training.trainer import language_modelling_trainer
@@ -68,10 +69,19 @@ def pairs_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
     return recipe(corpus, run_dir, "stage=dpo", "data.samples_per_pack=2", *overrides, sources=["pairs"])
 
 
+def encoder_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
+    """The same for stage zero, on the clips that have a transcript."""
+    return recipe(corpus, run_dir, "stage=encoder", *overrides, sources=["speech"])
+
+
 def build_trainer(config: StageConfig) -> PackedSeams:
     """The trainer of a recipe, built as the launch scripts build it."""
     arguments = training_arguments(config)
     stage.open_run(config)
+    if config.stage == "encoder":
+        bytes_only = byte_tokenizer(config)
+        recogniser = build_recogniser(config, bytes_only)
+        return encoder_trainer(config, arguments, recogniser, bytes_only, stage.training_batches(config, bytes_only))
     tokenizer = stage.build_tokenizer(config)
     model = stage.build_policy(config, tokenizer)
     batches = stage.training_batches(config, tokenizer)

@@ -31,7 +31,7 @@ class Recogniser(nn.Module):
         super().__init__()
         width = audio.model.audio_tower.layer_norm.normalized_shape[0]
         self.audio = audio
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocab_size + 1))
+        self.lm_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocab_size + 1))
         self.blank = vocab_size
         spoken = torch.ones(vocab_size, dtype=torch.bool)
         spoken[special_ids] = False
@@ -54,7 +54,7 @@ class Recogniser(nn.Module):
         if len(clip_frames) == 0:
             return 0.0 * sum((p.sum() for p in self.parameters() if p.requires_grad), mel.new_zeros(()))
         frames = encode_frames(self.audio.model.audio_tower, mel, clip_frames)
-        log_probs = self.head(frames).float().log_softmax(-1)
+        log_probs = self.lm_head(frames).float().log_softmax(-1)
         lengths = [2 * num_audio_tokens(count) for count in clip_frames.tolist()]
         spoken = self.spoken[target]
         segment = torch.searchsorted(cu_q.long(), predict_from, right=True) - 1

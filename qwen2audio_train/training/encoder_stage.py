@@ -81,11 +81,11 @@ class EncoderTrainer(PackedSeams, Trainer):
         if self.args.should_save:
             unwrap(self._recogniser()).save_pretrained(partial / folders.MODEL_FOLDER)
             self.files.save_processor(partial / folders.MODEL_FOLDER)
-            save_file(self._recogniser().head.state_dict(), partial / HEAD_FILE)
+            save_file(self._recogniser().lm_head.state_dict(), partial / HEAD_FILE)
 
     def _restore_weights(self, folder: Path) -> None:
         load_saved_state(unwrap(self._recogniser()), load_file(folder / folders.MODEL_FOLDER / "model.safetensors"))
-        self._recogniser().head.load_state_dict(load_file(folder / HEAD_FILE))
+        self._recogniser().lm_head.load_state_dict(load_file(folder / HEAD_FILE))
 
 
 def encoder_trainer(

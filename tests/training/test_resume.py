@@ -24,7 +24,7 @@ from qwen2audio_train.data.state import DataStateError
 from qwen2audio_train.training import stage
 from qwen2audio_train.training.checkpoint import CheckpointError
 from tests.launch.scripts import LAUNCH, ROOT
-from tests.runs import build_trainer, logged, pairs_recipe, recipe, train
+from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train
 
 STEPS = ["trainer.max_steps=5", "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.save_total_limit=9"]
 LORA = ["adapter.kind=lora", "adapter.r=2", "adapter.dropout=0.3"]
@@ -90,8 +90,9 @@ def assert_same_end(whole: Path, resumed: Path, last: int = 5) -> None:
         (recipe, ["data.num_workers=1", *LORA], 4, ["data.num_workers=0"]),
         (pairs_recipe, LORA, 3, []),
         (pairs_recipe, [], 3, []),
+        (encoder_recipe, [], 3, []),
     ],
-    ids=["full", "workers", "lora", "dpo-lora", "dpo"],
+    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder"],
 )
 def test_resumed_is_uninterrupted(
     make: Any, overrides: list[str], stop: int, changes: list[str], noise: Path, tmp_path: Path

@@ -20,7 +20,7 @@ from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.data.sample import SampleOptions, materialise
 from qwen2audio_train.training import stage
 from qwen2audio_train.training.seams import PackedSeams
-from tests.runs import build_trainer, logged, pairs_recipe, recipe
+from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe
 
 TOLERANCE = 1e-5
 
@@ -32,7 +32,7 @@ def run(config: StageConfig) -> PackedSeams:
     return trainer
 
 
-@pytest.mark.parametrize("make", [recipe, pairs_recipe])
+@pytest.mark.parametrize("make", [recipe, pairs_recipe, encoder_recipe])
 def test_a_step_may_be_cut_in_any_way(make: Any, noise: Path, tmp_path: Path) -> None:
     """1 x 4 = 2 x 2 = 4 x 1; the optimiser is one that does not forgive a wrong scale.
 
