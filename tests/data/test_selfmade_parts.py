@@ -96,6 +96,15 @@ def test_both_splits_ask_for_everything() -> None:
     assert {row.held_out for row in questions("listen")} == {True, False}
 
 
+def test_an_answer_repeats_what_was_asked_for() -> None:
+    spec = load_yaml("dialogues")["voice_chat"]
+    for row in questions("voice_chat"):
+        result = spec[row.kind]["items"][row.item]
+        assert row.answer.endswith(result), row
+        assert len(row.answer) > len(result) or row.kind == "repeat", row
+        assert row.item in row.answer, row
+
+
 def test_answers_to_questions_are_right() -> None:
     numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     spec = load_yaml("dialogues")["voice_chat"]

@@ -138,7 +138,7 @@ def _manifests(pools: dict[str, Pools], variant: Variant, seed: int) -> dict[str
         manifests[f"sft.{split}.jsonl"] = chat_lines(pool, size, size, split == "train", seed, split)
     manifests["commands.dev.jsonl"] = command_lines(dev)
     manifests["dpo.train.jsonl"] = preference_lines(train, variant.pairs, seed, "train")
-    manifests["dpo.dev.jsonl"] = preference_lines(dev, min(variant.pairs, 50), seed, "dev")
+    manifests["dpo.dev.jsonl"] = preference_lines(dev, min(variant.pairs, 150), seed, "dev")
     return manifests
 
 

@@ -118,8 +118,8 @@ def questions(name: str) -> list[SpokenQuestion]:
         period = len(entry["ask"]) if len(items) > 1 else 5
         for number, (item, answer) in enumerate(items.items()):
             for way, ask in enumerate(entry["ask"]):
-                text = ask.format(x=item)
-                found[text] = SpokenQuestion(kind, item, text, answer, (number + way) % period == period - 1)
+                text, reply = ask.format(x=item), entry.get("answer", "{y}").format(x=item, y=answer)
+                found[text] = SpokenQuestion(kind, item, text, reply, (number + way) % period == period - 1)
     return list(found.values())
 
 
