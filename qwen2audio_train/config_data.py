@@ -122,6 +122,10 @@ class AugmentConfig:
     reverb_rt60_s: list[float] = field(default_factory=lambda: [0.1, 0.6])
     """Shortest and longest reverberation time in seconds."""
 
+    def changing(self) -> list[str]:
+        """Names of the changes that are switched on: a clip is then another one in every epoch."""
+        return [name for name in ("spec_augment", "speed", "gain", "noise", "reverb") if getattr(self, name)]
+
 
 @dataclass
 class SelfmadeConfig:
