@@ -12,7 +12,9 @@ from html import escape
 
 import numpy as np
 
-NUM_COLOURS = 4
+HELD_OUT = 4
+"""Colour of a curve over held-out data, behind those of the stages."""
+
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 12, 34
 
 

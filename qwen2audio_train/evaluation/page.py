@@ -36,6 +36,7 @@ svg text.label { fill: var(--ink); font-size: 13px; }
 .dot { stroke: var(--card); stroke-width: 1.2; }
 .line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); }
 .line.c2 { stroke: var(--c2); } .line.c3 { stroke: var(--c3); }
+.line.c4 { stroke: var(--ink); stroke-dasharray: 5 3; }
 .dot.c0 { fill: var(--c0); } .dot.c1 { fill: var(--c1); } .dot.c2 { fill: var(--c2); } .dot.c3 { fill: var(--c3); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; color: var(--soft); font-size: 13px; margin: 0 0 8px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 6px; margin-right: 6px; }
@@ -88,8 +89,9 @@ def tile(value: str, label: str, note: str = "") -> str:
 
 
 def legend(names: Sequence[str], marks: str = "") -> str:
-    """What the series colours stand for, in their order; `marks` explains the grey ticks."""
-    entries = [f'<span><i style="background: var(--c{i})"></i>{escape(name)}</span>' for i, name in enumerate(names)]
+    """What the series colours stand for, in their order, but for an empty name; `marks` explains the grey ticks."""
+    shown = [(colour, name) for colour, name in enumerate(names) if name]
+    entries = [f'<span><i style="background: var(--c{colour})"></i>{escape(name)}</span>' for colour, name in shown]
     if marks:
         entries.append(f'<span><i class="tick"></i>{escape(marks)}</span>')
     return f'<div class="legend">{"".join(entries)}</div>'

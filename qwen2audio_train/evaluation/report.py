@@ -12,7 +12,16 @@ from qwen2audio_train.data.audio import AudioError, load_audio
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.features import log_mel
 from qwen2audio_train.data.prompts import describe_tasks
-from qwen2audio_train.evaluation.charts import Dot, DotRow, Line, dot_chart, line_chart, smoothed, spectrogram_png
+from qwen2audio_train.evaluation.charts import (
+    HELD_OUT,
+    Dot,
+    DotRow,
+    Line,
+    dot_chart,
+    line_chart,
+    smoothed,
+    spectrogram_png,
+)
 from qwen2audio_train.evaluation.normalise import normalise
 from qwen2audio_train.evaluation.page import card, cards, html_table, legend, page, section, tile
 from qwen2audio_train.evaluation.summary import MetricRecord, RunSummary, Showcase, StageRecord, read_summary
@@ -103,17 +112,20 @@ def _curves(log: Log, stages: Sequence[str]) -> str:
             continue
         steps, losses = [line["step"] for line in train], [float(line["loss"]) for line in train]
         curves = [Line("loss", steps, losses, index, faint=True), Line("loss", steps, smoothed(losses), index)]
-        curves.append(Line("held out", [x["step"] for x in held_out], [x["eval_loss"] for x in held_out], 3))
+        curves.append(Line("held out", [x["step"] for x in held_out], [x["eval_loss"] for x in held_out], HELD_OUT))
         chart = line_chart(curves, x_label="optimiser step")
         speed = [float(line["audio_s_per_s"]) for line in train if "audio_s_per_s" in line]
         note = f"{steps[-1]} steps" + (f", {sum(speed) / len(speed):.0f} audio-seconds/s" if speed else "")
         contents.append(card(STAGE_NAMES.get(stage, stage), f'{chart}<div class="note">{note}</div>'))
     if not contents:
         return ""
-    text = (
-        "Loss per labelled token (DPO: per pair), each logged step faint and smoothed over it; held-out loss in violet."
-    )
+    text = "Loss per labelled token (DPO: per pair), each logged step faint and smoothed over it; held-out loss dashed."
     return section("Loss", text, cards(contents))
+
+
+def _scored_names(stages: Sequence[StageRecord]) -> list[str]:
+    """Names for a legend; a stage without scores has its colour, but nothing to explain."""
+    return [STAGE_NAMES.get(stage.name, stage.name) if stage.metrics else "" for stage in stages]
 
 
 def _error_rates(stages: Sequence[StageRecord]) -> str:
@@ -122,7 +134,7 @@ def _error_rates(stages: Sequence[StageRecord]) -> str:
         return ""
     top = max(dot.high or dot.value for row in rows for dot in row.dots)
     chart = dot_chart(rows, x_max=min(1.2, max(0.1, 1.04 * top)))
-    names = [STAGE_NAMES.get(stage.name, stage.name) for stage in stages]
+    names = _scored_names(stages)
     text = "Held-out recordings after each stage, in percent; lower is better. Lines are 95 % intervals."
     return section("Error rates", text, card("Word and character error rate", legend(names) + chart))
 
@@ -131,7 +143,7 @@ def _accuracies(stages: Sequence[StageRecord]) -> str:
     rows = _dot_rows(stages, lambda m: m.metric == "accuracy" and not m.kind)
     if not rows:
         return ""
-    names = [STAGE_NAMES.get(stage.name, stage.name) for stage in stages]
+    names = _scored_names(stages)
     marks = "guessing: chance, and the most frequent answer"
     text = "Share of held-out questions answered exactly right after each stage, in percent; higher is better."
     chart = legend(names, marks) + dot_chart(rows, x_max=1.0)
@@ -181,8 +193,7 @@ def _preferences(summary: RunSummary, log: Log) -> str:
         if dots:
             rows.append(DotRow(heard, dots, [("chance", 0.5)]))
     if rows:
-        names = [STAGE_NAMES.get(stage.name, stage.name) for stage in summary.stages]
-        chart = legend(names, "chance") + dot_chart(rows, x_max=1.0)
+        chart = legend(_scored_names(summary.stages), "chance") + dot_chart(rows, x_max=1.0)
         ranked = card("Held-out pairs ranked right, by what the model hears, in percent", chart)
     if not curves and not rows:
         return ""
