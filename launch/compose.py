@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +18,7 @@ from omegaconf import DictConfig
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from qwen2audio_train.config import ConfigError, Schema, StageConfig, load_config, nearest
+from qwen2audio_train.config import ConfigError, RecipeConfig, Schema, StageConfig, load_config, nearest
 from qwen2audio_train.data.audio import AudioError
 from qwen2audio_train.data.blobs import BlobError
 from qwen2audio_train.data.quarantine import TooManyBadExamples
@@ -45,6 +47,8 @@ USER_ERRORS = (
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+STAGE_KEYS = {field.name for field in fields(StageConfig)} - {field.name for field in fields(RecipeConfig)}
+
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -54,7 +58,7 @@ def launch(main: Callable[[Schema], None], root: str, schema: type[Schema]) -> N
     One of `USER_ERRORS` is printed without a traceback.
     """
     try:
-        sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [as_argument(argument, before, schema) for before, argument in pairwise(sys.argv)]
     except ConfigError as error:
         fail(error)
 
@@ -71,6 +75,25 @@ def launch(main: Callable[[Schema], None], root: str, schema: type[Schema]) -> N
             sys.exit(INTERRUPTED)
 
     composed()
+
+
+def as_argument(argument: str, before: str, schema: type[Schema]) -> str:
+    """An argument of a script's command line; one after an option of Hydra's (`--cfg job`) is that option's value.
+
+    Raises:
+        ConfigError: for what is neither an option nor key=value, and for a stage's key where a whole recipe is run.
+    """
+    if "=" not in argument:
+        if before.startswith("-") or argument.startswith(("-", "~")):
+            return argument
+        raise ConfigError(f"{argument}: expected key=value")
+    part = argument.partition("=")[0].split(".")[0].lstrip("+~")
+    if schema is RecipeConfig and part in STAGE_KEYS:
+        raise ConfigError(
+            f"{argument}: {part} is a key of the stages; write \"overrides=['{argument}']\" to set it for all of them, "
+            f"\"stages.sft.overrides=['{argument}']\" for one"
+        )
+    return as_override(argument)
 
 
 def as_override(argument: str) -> str:

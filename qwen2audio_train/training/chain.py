@@ -12,16 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwen2audio_train.config import ConfigError, RecipeConfig, Stage, StageConfig
 from qwen2audio_train.evaluation.stage_record import choose_showcase, read_stage
 from qwen2audio_train.evaluation.summary import RunSummary, StageRecord, write_summary
+from qwen2audio_train.training.arguments import arguments_class, check_trainer_keys
 from qwen2audio_train.training.stage import as_yaml
 
 LEDGER = "ledger.json"
 
 STOPPING_S = 40.0
 """Longer than torchrun gives its ranks to end after Ctrl-C."""
+
+
+Compose = Callable[[str, list[str]], Any]
+"""(stage or `evaluate`, overrides) -> checked config, `StageConfig` or `EvaluateConfig`."""
 
 
 class StageFailed(RuntimeError):
@@ -77,26 +83,42 @@ def stage_overrides(recipe: RecipeConfig, name: str, before: str | None) -> list
     return [*place, *start, *recipe.overrides, *recipe.stages[name].overrides]
 
 
-def run_stages(
-    recipe: RecipeConfig, compose: Callable[[str, list[str]], StageConfig], launch_folder: Path
-) -> dict[str, Entry]:
+def overrides_of(recipe: RecipeConfig) -> dict[str, list[str]]:
+    """Overrides of every stage, which starts from the one before it."""
+    names = list(recipe.stages)
+    return {name: stage_overrides(recipe, name, before) for before, name in zip([None, *names], names, strict=False)}
+
+
+def stage_configs(recipe: RecipeConfig, compose: Compose) -> dict[str, StageConfig]:
+    """The config of every stage, all of them and their evaluations checked before anything runs.
+
+    Raises:
+        ConfigError: one of them is refused.
+    """
+    configs: dict[str, StageConfig] = {}
+    for name, overrides in overrides_of(recipe).items():
+        configs[name] = compose(name, overrides)
+        check_trainer_keys(configs[name].trainer, arguments_class(configs[name]))
+        if recipe.stages[name].decodes:
+            compose("evaluate", _evaluation(recipe, name))
+    return configs
+
+
+def run_stages(recipe: RecipeConfig, compose: Compose, launch_folder: Path) -> dict[str, Entry]:
     """Train and evaluate every stage that is not done.
 
     Args:
-        compose: (stage, overrides) -> checked config. All stages are composed before the first one runs.
         launch_folder: where `pretrain.py`, `sft.py`, `dpo.py` and `evaluate.py` are.
 
     Raises:
-        ConfigError: a stage is finished and its config is no longer the one that it was trained with.
+        ConfigError: a config is refused, or a stage is finished and its config is no longer the one that it was
+            trained with.
         StageFailed: a process ended with an error.
     """
-    names = list(recipe.stages)
-    overrides = {
-        name: stage_overrides(recipe, name, names[place - 1] if place else None) for place, name in enumerate(names)
-    }
-    digests = {name: _hash(as_yaml(compose(name, overrides[name]))) for name in names}
+    overrides = overrides_of(recipe)
+    digests = {name: _hash(as_yaml(config)) for name, config in stage_configs(recipe, compose).items()}
     ledger = Ledger(Path(recipe.run_dir) / LEDGER)
-    for name in names:
+    for name in digests:
         entry = ledger.entries.setdefault(name, Entry(digests[name]))
         if entry.config_sha256 != digests[name]:
             if entry.trained:

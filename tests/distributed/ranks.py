@@ -15,17 +15,18 @@ def run_ranks(module: str, *arguments: str | Path, world: int = 2, timeout_s: fl
 
     Raises:
         AssertionError: a rank failed; the message ends with what it wrote last.
+        TimeoutExpired: the ranks hang.
     """
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", module]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, *map(str, arguments)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not kill: torchrun stops its ranks, which would outlive it
+            raise
+    assert process.returncode == 0, f"{output[-2000:]}\n{errors[-6000:]}"
+    return output

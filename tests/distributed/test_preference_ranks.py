@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.dpo_worker import main
+from tests.distributed.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 COMPARED = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected", "entropy", "logits/chosen")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def run_ranks(mode: str, folder: Path, world: int = 2) -> dict[str, Any]:
-    """Run `dpo_worker` under torchrun and return what rank 0 wrote."""
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-    command += [f"--master_port={free_port()}", "-m", "tests.distributed.dpo_worker", mode, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def run_two(mode: str, folder: Path) -> dict[str, Any]:
+    """What rank 0 of `dpo_worker` wrote."""
+    run_ranks("tests.distributed.dpo_worker", mode, folder)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
@@ -56,7 +41,7 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_two_ranks_equal_one(mode: str, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    found = run_ranks(mode, tmp_path / "two")
+    found = run_two(mode, tmp_path / "two")
     assert_same_run(found, run_alone(mode, tmp_path / "one"))
     assert found["cached"] == (3 if mode == "cached" else 0)
 
@@ -66,4 +51,4 @@ def test_two_ranks_equal_one(mode: str, tmp_path: Path) -> None:
 def test_zero_3_equals_one_process(mode: str, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    assert_same_run(run_ranks(f"zero3-{mode}", tmp_path / "two"), run_alone(mode, tmp_path / "one"))
+    assert_same_run(run_two(f"zero3-{mode}", tmp_path / "two"), run_alone(mode, tmp_path / "one"))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.test_preference_ranks import ROOT, free_port
+from tests.distributed.ranks import run_ranks
 from tests.distributed.zero_worker import WORLD, alone
 
 
@@ -30,12 +27,7 @@ from tests.distributed.zero_worker import WORLD, alone
     ],
 )
 def test_ranks_equal_one_process(stage: int, mode: str, tmp_path: Path) -> None:
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={WORLD}"]
-    command += [f"--master_port={free_port()}", "-m", "tests.distributed.zero_worker"]
-    command += [str(stage), mode, str(tmp_path / "state.pt")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks("tests.distributed.zero_worker", str(stage), mode, tmp_path / "state.pt", world=WORLD)
     found = torch.load(tmp_path / "state.pt")
     expected = alone(mode)
     assert found.keys() == expected.keys()

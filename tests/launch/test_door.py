@@ -28,6 +28,7 @@ WRONG = [
     (["trainer.learning_rate=-1"], "error: trainer.learning_rate: -1 is too small; expected 0 or more"),
     (["init_from=runs/a=b"], "error: init_from=runs/a=b: expected key=value (mismatched input '='"),
     (["=3"], "error: =3: expected key=value"),
+    (["seed"], "error: seed: expected key=value"),
     (["++sede=1"], "error: sede: unknown key; did you mean seed?"),
 ]
 
@@ -62,6 +63,13 @@ def test_what_is_wrong_ends_with_status_2_and_its_name(
         ("evaluate", [], "error: checkpoint: no value was given, and it has no default; set checkpoint=..."),
         ("evaluate", ["checkpoint=/nowhere"], "error: /nowhere: no such folder, and not a hub id (owner/name)"),
         ("recipe", ["stages.sfft={}"], "error: stages: 'sfft' is no choice; did you mean sft?"),
+        (
+            "recipe",
+            ["data=none"],
+            "error: data=none: data is a key of the stages; write \"overrides=['data=none']\" to set",
+        ),
+        ("recipe", ["trainer.bf16=true"], "error: trainer.bf16=true: trainer is a key of the stages; write "),
+        ("recipe", ["evaluate=['seeed=1']", "dry_run=true"], "error: seeed: unknown key; did you mean seed?"),
         ("recipe", ["overrides=['trainer.lr=1']", "dry_run=true"], "error: trainer.lr: TrainingArguments has no such"),
     ],
 )

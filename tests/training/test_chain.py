@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qwen2audio_train.config import ConfigError, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.config import ConfigError, RecipeConfig, load_config
 from qwen2audio_train.training import chain
 from qwen2audio_train.training.chain import LEDGER, Entry, StageFailed, run_stages, stage_overrides
 from tests.launch.scripts import LAUNCH, RECIPES, ROOT, composed
@@ -29,8 +30,8 @@ def recipe_of(run_dir: Path, **changes: Any) -> RecipeConfig:
     return load_config(values | changes, RecipeConfig)
 
 
-def compose(stage: str, overrides: list[str]) -> StageConfig:
-    return composed(stage, *overrides)
+def compose(root: str, overrides: list[str]) -> Any:
+    return composed(root, *overrides)
 
 
 @pytest.fixture
@@ -152,9 +153,19 @@ def test_an_unfinished_stage_may_change(calls: Calls, tmp_path: Path, monkeypatc
     assert names(calls) == ["sft", "evaluate", "dpo"]
 
 
-def test_a_wrong_stage_is_refused_before_the_first_one_runs(calls: Calls, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.ordr: unknown key; did you mean data\.order"):
-        go(recipe_of(tmp_path, stages={"pretrain": {}, "sft": {"overrides": ["data.ordr=9"]}}))
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ({"overrides": ["data.ordr=9"]}, "data.ordr: unknown key; did you mean data.order"),
+        ({"overrides": ["trainer.max_step=9"]}, "trainer.max_step: TrainingArguments has no such argument; did you"),
+        ({"evaluate": ["max_exampels=9"]}, "max_exampels: unknown key; did you mean max_examples"),
+    ],
+)
+def test_what_is_wrong_in_any_stage_is_refused_before_the_first_one_runs(
+    stage: dict[str, list[str]], says: str, calls: Calls, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        go(recipe_of(tmp_path, stages={"pretrain": {}, "sft": stage}))
     assert calls == []
 
 
