@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from qwen2audio_train.data.examples import DESIRABLE, PAIRED, UNDESIRABLE
 from qwen2audio_train.data.sample import Sample
 from qwen2audio_train.layout import NUM_MEL_BINS
 
@@ -75,25 +76,36 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
     share the chosen branch. `scatter` (2B, T) says where in N a row's token stands, -1 for padding.
     No samples at all give a filler: one dummy pair with `pair_weight` 0. `pair_key` (B, 2) int64 names
     a pair by a hash of its id, prompt and answers, for stored reference log-probabilities.
+
+    With an unpaired sample among them all R answers are rows by themselves: `label` (R,) bool, the desirable ones
+    first, and `pair_weight` (R,).
     """
     real = bool(samples)
     samples = samples or [_FILLER_PAIR]
     rows = _Rows()
     for sample in samples:
-        if len(sample.branches) < 2:
+        if len(sample.branches) < 2 and sample.task not in (DESIRABLE, UNDESIRABLE):
             raise ValueError(f'sample "{sample.id}" has {len(sample.branches)} answers: a preference needs two or more')
         rows.add(sample)
     chosen, rejected, keys = [], [], []
     for sample, place in zip(samples, rows.places, strict=True):
-        first, *others = [np.concatenate([place.trunk[-1:], branch]) for branch in place.branches]
-        chosen += [first] * len(others)
-        rejected += others
-        keys += [_pair_key(sample, branch) for branch in sample.branches[1:]]
+        answers = [np.concatenate([place.trunk[-1:], branch]) for branch in place.branches]
+        if sample.task == UNDESIRABLE:
+            rejected += answers
+        elif sample.task == DESIRABLE:
+            chosen += answers
+        else:
+            first, *others = answers
+            chosen += [first] * len(others)
+            rejected += others
+            keys += [_pair_key(sample, branch) for branch in sample.branches[1:]]
+    paired = len(keys) == len(chosen) == len(rejected)
     scatter = _padded([*chosen, *rejected])
     ids = rows.input_ids()
     attended = scatter >= 0
     completion = attended.clone()
     completion[:, 0] = False
+    labels = torch.arange(len(scatter)) < len(chosen)
     return {
         "packed_ids": ids,
         "packed_positions": rows.position_ids(),
@@ -101,8 +113,8 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
         "input_ids": torch.where(attended, ids[0, scatter.clamp(min=0)], 0),
         "attention_mask": attended.long(),
         "completion_mask": completion.long(),
-        "pair_weight": torch.full((len(keys),), float(real)),
-        "pair_key": torch.from_numpy(np.stack(keys)),
+        "pair_weight": torch.full((len(keys) if paired else len(scatter),), float(real)),
+        **({"pair_key": torch.from_numpy(np.stack(keys))} if paired else {"label": labels}),
         **rows.segments(),
         **_audio(samples, rows.starts, num_mel_bins),
     }
@@ -224,7 +236,7 @@ def _int64(array: np.ndarray) -> torch.Tensor:
 _FILLER_PAIR = Sample(
     id="filler",
     source="",
-    task="preference",
+    task=PAIRED,
     input_ids=np.zeros(1, dtype=np.int64),
     label_mask=np.zeros(1, dtype=bool),
     audio_slot=np.zeros(0, dtype=np.int64),

@@ -14,6 +14,7 @@ from qwen2audio_train.config import ConfigError
 from qwen2audio_train.config_data import AugmentConfig, DataConfig, LossWeighting, Order, SourceConfig
 from qwen2audio_train.data.batch import task_weights
 from qwen2audio_train.data.build_streams import build_streams
+from qwen2audio_train.data.examples import PREFERENCE_TASKS
 from qwen2audio_train.data.index import Index, open_index
 from qwen2audio_train.data.making import Maker, collator_of, maker_of, remote_of
 from qwen2audio_train.data.mixture import MixedSource, Mixture, weighting_of
@@ -197,10 +198,11 @@ def _dataset(
     data: DataConfig, indexes: Mapping[str, Index], mixture: Mixture, maker: Maker, num_mel_bins: int
 ) -> PackDataset:
     shares = task_shares(indexes, mixture)
-    if "preference" in shares and len(shares) > 1:
-        others = ", ".join(sorted(set(shares) - {"preference"}))
-        raise ConfigError(f"data.sources: preference examples cannot be mixed with {others}")
+    others = sorted(set(shares) - PREFERENCE_TASKS)
+    is_preference = len(others) < len(shares)
+    if is_preference and others:
+        raise ConfigError(f"data.sources: preference examples cannot be mixed with {', '.join(others)}")
     if data.loss_weighting is LossWeighting.task:
         maker = dataclasses.replace(maker, task_weights=task_weights(shares))
-    collate = collator_of(data, num_mel_bins, is_preference="preference" in shares)
+    collate = collator_of(data, num_mel_bins, is_preference)
     return PackDataset(tuple(indexes), tuple(indexes.values()), maker.make, collate)

@@ -11,7 +11,7 @@ from functools import partial
 from qwen2audio_train.config import ConfigError
 from qwen2audio_train.config_data import DataConfig, LossWeighting, Order
 from qwen2audio_train.data.corpus import Contents, Corpus, open_corpus
-from qwen2audio_train.data.examples import PreferenceExample, TaskExample
+from qwen2audio_train.data.examples import PREFERENCE_TASKS, task_of
 from qwen2audio_train.data.files import text_hash
 from qwen2audio_train.data.index import Measured
 from qwen2audio_train.data.making import Maker, collator_of
@@ -67,7 +67,7 @@ def build_streams(
         },
     }
     tasks = {source.name: _first_task(source) for source in sources}
-    kinds = {"preference" in of_source for of_source in tasks.values() if of_source}
+    kinds = {not PREFERENCE_TASKS.isdisjoint(of_source) for of_source in tasks.values() if of_source}
     if len(kinds) > 1:
         raise ConfigError("data.sources: preference examples cannot be mixed with others")
     return StreamLoader(
@@ -138,6 +138,4 @@ def _make(maker: Maker, raw: Raw, source: int, number: int) -> Sample:
 def _first_task(source: StreamSource) -> tuple[str, ...]:
     """The task of the first good example of the first shard, none if it has none."""
     first = next((row.example for row in source.read(0) if isinstance(row, Raw)), None)
-    if isinstance(first, TaskExample):
-        return (first.task,)
-    return () if first is None else ("preference" if isinstance(first, PreferenceExample) else "chat",)
+    return () if first is None else (task_of(first),)

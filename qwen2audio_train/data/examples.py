@@ -1,4 +1,4 @@
-"""What a manifest line becomes: clips, messages and the three forms of an example."""
+"""What a manifest line becomes: clips, messages and the four forms of an example."""
 
 from __future__ import annotations
 
@@ -61,7 +61,32 @@ class PreferenceExample:
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
-Example = TaskExample | ChatExample | PreferenceExample
+@dataclass(frozen=True)
+class UnpairedExample:
+    """A prompt that ends with a user turn, and one answer to it, which is desirable (`label`) or not."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    completion: str
+    label: bool
+    source: str
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+Example = TaskExample | ChatExample | PreferenceExample | UnpairedExample
+
+
+PAIRED, DESIRABLE, UNDESIRABLE = "preference", "desirable", "undesirable"
+PREFERENCE_TASKS = frozenset({PAIRED, DESIRABLE, UNDESIRABLE})
+
+
+def task_of(example: Example) -> str:
+    """The task, or what stands for it: `chat`, `preference`, `desirable` or `undesirable` (an unpaired answer)."""
+    if isinstance(example, TaskExample):
+        return example.task
+    if isinstance(example, UnpairedExample):
+        return DESIRABLE if example.label else UNDESIRABLE
+    return PAIRED if isinstance(example, PreferenceExample) else "chat"
 
 
 def clips_of(example: Example) -> tuple[Clip, ...]:

@@ -1,12 +1,13 @@
 """Manifest lines (JSONL) and what they become: frozen examples, or an error that names file, line and field.
 
-Three forms, told apart by their keys (data_manifests/README.md has the whole schema):
+Four forms, told apart by their keys (data_manifests/README.md has the whole schema):
 
     {"id": "a1", "audio": "a1.flac", "duration_s": 3.2, "task": "asr", "language": "en", "target": "hello"}
     {"id": "b1", "messages": [{"role": "user", "content": [{"type": "audio", "audio": "b1.flac", "duration_s": 3.2},
                                                            {"type": "text", "text": "What is said?"}]},
                               {"role": "assistant", "content": "Hello."}]}
     {"id": "c1", "prompt": [{"role": "user", "content": [...]}], "chosen": "Hello.", "rejected": "Bye."}
+    {"id": "d1", "prompt": [{"role": "user", "content": [...]}], "completion": "Bye.", "label": false}
 
 A clip is a path, or an object {"path", "duration_s", "start_s", "end_s"}. A path is local (relative to the manifest's
 folder; `..` is allowed, as audio often lies beside the manifests), a member of a tar file (`shard.tar::a/b.flac`), or
@@ -28,6 +29,7 @@ from qwen2audio_train.data.examples import (
     Message,
     PreferenceExample,
     TaskExample,
+    UnpairedExample,
     clips_of,
 )
 from qwen2audio_train.data.prompts import missing_fields, task_names
@@ -42,6 +44,7 @@ __all__ = [
     "Message",
     "PreferenceExample",
     "TaskExample",
+    "UnpairedExample",
     "clips_of",
     "parse_line",
     "read_manifest",
@@ -58,6 +61,7 @@ CLIP_KEYS = ("path", "duration_s", "start_s", "end_s")
 TASK_KEYS = ("audio", "duration_s", "task", "language", "target", "text_language", "question")
 CHAT_KEYS = ("messages", "mode")
 PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
+UNPAIRED_KEYS = ("prompt", "completion", "label")
 A_CLIP = "a path, or an object with path"
 
 
@@ -105,6 +109,8 @@ def parse_line(text: str | bytes, file: str, line: int) -> Example:
     record = load_record(text, file, line)
     if "messages" in record.values:
         return _chat_example(record)
+    if "completion" in record.values or {"prompt", "label"} <= record.values.keys():
+        return _unpaired_example(record)
     if any(key in record.values for key in PREFERENCE_KEYS):
         return _preference_example(record)
     return _task_example(record)
@@ -144,9 +150,7 @@ def _chat_example(record: Record) -> ChatExample:
 
 def _preference_example(record: Record) -> PreferenceExample:
     common = _common(record, PREFERENCE_KEYS)
-    prompt = _messages(record, "prompt")
-    if prompt[-1].role != "user":
-        raise record.error("prompt", "messages that end with a user message", f"a last one by the {prompt[-1].role}")
+    prompt = _prompt(record)
     chosen = record.text("chosen")
     if isinstance(record.get("rejected"), list):
         answers = record.items("rejected", "text, or a non-empty list of texts")
@@ -157,6 +161,21 @@ def _preference_example(record: Record) -> PreferenceExample:
     if chosen in rejected:
         raise record.error("rejected", "an answer that differs from the chosen one")
     return PreferenceExample(**common, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _unpaired_example(record: Record) -> UnpairedExample:
+    common = _common(record, UNPAIRED_KEYS)
+    label = record.get("label")
+    if not isinstance(label, bool):
+        raise record.error("label", "true for a desirable answer, false for an undesirable one")
+    return UnpairedExample(**common, prompt=_prompt(record), completion=record.text("completion"), label=label)
+
+
+def _prompt(record: Record) -> tuple[Message, ...]:
+    prompt = _messages(record, "prompt")
+    if prompt[-1].role != "user":
+        raise record.error("prompt", "messages that end with a user message", f"a last one by the {prompt[-1].role}")
+    return prompt
 
 
 def _messages(record: Record, key: str) -> tuple[Message, ...]:
@@ -248,6 +267,9 @@ def to_record(example: Example, folder: str | Path) -> dict[str, Any]:
     record = {"id": example.id, "source": example.source, **fields, "meta": dict(example.meta) or None}
     return {key: value for key, value in record.items() if value is not None}
 
+    elif isinstance(example, UnpairedExample):
+        prompt = _message_records(example.prompt, folder)
+        fields = {"prompt": prompt, "completion": example.completion, "label": example.label}
 
 def _message_records(messages: tuple[Message, ...], folder: str | Path) -> list[dict[str, Any]]:
     def part(item: Clip | str) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Literal
 
-from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, PreferenceExample, TaskExample
+from qwen2audio_train.data.examples import (
+    ChatExample,
+    Clip,
+    Example,
+    Message,
+    PreferenceExample,
+    TaskExample,
+    UnpairedExample,
+    task_of,
+)
 from qwen2audio_train.data.prompts import PromptStyle, choose_prompt, prompt_fields
 from qwen2audio_train.layout import (
     AUDIO_BOS_TOKEN,
@@ -54,7 +63,7 @@ Piece = Text | Clip
 
 @dataclass(frozen=True)
 class Rendered:
-    """A sample as pieces. `branches` are the answers of a preference example (chosen first), all label."""
+    """A sample as pieces. `branches` are the answers of a preference example, chosen first or alone, all label."""
 
     id: str
     source: str
@@ -86,18 +95,23 @@ def render(
     if isinstance(example, TaskExample):
         trunk = _task_pieces(example, prompt_style, seed, for_generation)
         return Rendered(example.id, example.source, example.task, trunk)
-    if isinstance(example, PreferenceExample):
+    if isinstance(example, PreferenceExample | UnpairedExample):
         trunk = (*_chat_pieces(example.prompt, labelled=()), Text(GENERATION_PROMPT, is_markup=True))
-        answers = () if for_generation else (example.chosen, *example.rejected)
+        answers = () if for_generation else _answers(example)
         branches = tuple((Text(answer, True), Text(IM_END_TOKEN, True, True)) for answer in answers)
-        return Rendered(example.id, example.source, "preference", trunk, branches)
-    return Rendered(example.id, example.source, "chat", _chat_example_pieces(example, labelled_turns, for_generation))
+        return Rendered(example.id, example.source, task_of(example), trunk, branches)
+    trunk = _chat_example_pieces(example, labelled_turns, for_generation)
+    return Rendered(example.id, example.source, task_of(example), trunk)
 
 
 def rendered_text(rendered: Rendered, branch: int | None = None) -> str:
     """The sample as one string, one `<|AUDIO|>` per clip: what the published chat template gives."""
     pieces = rendered.trunk if branch is None else rendered.trunk + rendered.branches[branch]
     return "".join(piece.text if isinstance(piece, Text) else AUDIO_TOKEN for piece in pieces)
+
+
+def _answers(example: PreferenceExample | UnpairedExample) -> tuple[str, ...]:
+    return (example.chosen, *example.rejected) if isinstance(example, PreferenceExample) else (example.completion,)
 
 
 def _task_pieces(example: TaskExample, style: PromptStyle, seed: int, for_generation: bool) -> tuple[Piece, ...]:

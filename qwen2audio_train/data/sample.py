@@ -31,7 +31,7 @@ class Sample:
         input_ids: (T,) int64, the trunk: everything, or the prompt of a preference.
         label_mask: (T,) bool, which of them are learnt.
         audio_slot: (n,) int64, where in the trunk the audio embeddings go.
-        branches: (b,) int64 each, the answers of a preference, chosen first; all of them are labels.
+        branches: (b,) int64 each, the answers of a preference, chosen first, or one alone; all of them are labels.
         mels: (num_mel_bins, mel_columns(L)) float32 each.
         clip_frames: L of every mel.
         weight: factor on the weight of every label (`batch.pack` explains the weightings).

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qwen2audio_train.config import ConfigError, nearest
 from qwen2audio_train.config_data import LabelledTurns, PromptStyle
 from qwen2audio_train.data.audio import load_audio
-from qwen2audio_train.data.examples import Clip, Example
+from qwen2audio_train.data.examples import PAIRED, Clip, Example
 from qwen2audio_train.data.features import log_mel
 from qwen2audio_train.data.manifest import read_manifest
 from qwen2audio_train.data.render import Piece, Rendered, render
@@ -96,8 +96,14 @@ def marked_text(rendered: Rendered, num_samples: Sequence[int], colour: bool = F
 
     text = "".join(map(shown, rendered.trunk)).replace("" if colour else "]][[", "")
     answers = ["".join(map(shown, branch)).replace("]][[", "") for branch in rendered.branches]
-    names = ["chosen", *["rejected"] * (len(answers) - 1)]
-    return "\n".join([text, *(f"{name}: {answer}" for name, answer in zip(names, answers, strict=False))])
+    names = _answer_names(rendered)
+    return "\n".join([text, *(f"{name}: {answer}" for name, answer in zip(names, answers, strict=True))])
+
+
+def _answer_names(rendered: Rendered) -> list[str]:
+    """What the answers of a preference are called."""
+    names = ["chosen" if rendered.task == PAIRED else rendered.task, *["rejected"] * len(rendered.branches)]
+    return names[: len(rendered.branches)]
 
 
 def token_table(
@@ -114,8 +120,8 @@ def token_table(
         text = f"{AUDIO_TOKEN} x {run}" if run else repr(tokenizer.decode([token]))
         line = f"{position:6d} {token:7d} {text}"
         lines.append(_label(line, colour) if is_label else line)
-    for index, branch in enumerate(tokens.branches):
-        lines.append("chosen" if index == 0 else "rejected")
+    for name, branch in zip(_answer_names(rendered), tokens.branches, strict=True):
+        lines.append(name)
         lines += [_label(f"{'':6} {token:7d} {tokenizer.decode([token])!r}", colour) for token in branch.tolist()]
     return "\n".join(lines)
 

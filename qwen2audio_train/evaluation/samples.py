@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.data.audio import AudioError, probe
-from qwen2audio_train.data.examples import Clip, Example, Message, PreferenceExample, TaskExample, clips_of
+from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
 from qwen2audio_train.data.render import ExampleError, render
 from qwen2audio_train.data.sample import Sample, SampleOptions, materialise
 from qwen2audio_train.data.tokenize import tokenize
@@ -120,23 +119,6 @@ def swap_audio(examples: Sequence[Example], seed: int = 0) -> list[Example]:
             if other is not None:
                 swapped[index] = with_clips(examples[index], other)
     return [swapped[index] for index in sorted(swapped)]
-
-
-def with_clips(example: Example, clips: Sequence[Clip]) -> Example:
-    """The example with other clips in the places of its own."""
-    fresh = iter(clips)
-
-    def changed(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return tuple(
-            replace(m, content=tuple(next(fresh) if isinstance(part, Clip) else part for part in m.content))
-            for m in messages
-        )
-
-    if isinstance(example, TaskExample):
-        return replace(example, clip=next(fresh))
-    if isinstance(example, PreferenceExample):
-        return replace(example, prompt=changed(example.prompt))
-    return replace(example, messages=changed(example.messages))
 
 
 def _num_samples(clip: Clip) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from qwen2audio_train.data.examples import ChatExample, Example, PreferenceExample
+from qwen2audio_train.data.examples import ChatExample, Example, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.sample import SampleOptions
 from qwen2audio_train.evaluation.evaluate import evaluate
 from qwen2audio_train.evaluation.generate import Decoding, sample_texts
@@ -163,7 +163,7 @@ class HeldOutGuard(TrainerCallback):
 
 def _answered(example: Example, answers: Sequence[str]) -> PreferenceExample:
     """The answers as branches of one prompt, so that they share its computation."""
-    prompt = example.prompt if isinstance(example, PreferenceExample) else ()
+    prompt = example.prompt if isinstance(example, PreferenceExample | UnpairedExample) else ()
     if isinstance(example, ChatExample):
         prompt = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
     if not prompt:

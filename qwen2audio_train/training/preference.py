@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from qwen2audio_train.config import Reference
+from qwen2audio_train.config import ConfigError, Reference
 from qwen2audio_train.training.preference_seams import PreferenceSeams, without_own_keys
 from qwen2audio_train.training.reference import check_stored, resolve_reference
 from qwen2audio_train.training.reference_cache import ReferenceCache, ReferenceCacheError
@@ -54,7 +54,13 @@ class AudioDPOTrainer(PreferenceSeams, DPOTrainer):
         self.precompute_ref_logps = cache is not None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As `PreferenceSeams.compute_loss`, with the reference from the store where there is one."""
+        """As `PreferenceSeams.compute_loss`, with the reference from the store where there is one.
+
+        Raises:
+            ConfigError: there are unpaired answers in the batch.
+        """
+        if "label" in inputs:
+            raise ConfigError("DPO compares pairs, and there are unpaired answers: use preference.objective=kto")
         if self.cache is not None:
             inputs = inputs | self._reference_logps(self.cache, model, inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -33,6 +33,8 @@ from qwen2audio_train.training.seams import PackedSeams, StepCounts
 OWN_KEYS = frozenset({"pair_weight", "pair_key"})
 """Keys of a batch that neither TRL nor the model gets."""
 
+SIDES = ("chosen", "rejected")
+
 TOKEN_METRICS = {
     "entropy": "all",
     "mean_token_accuracy": "chosen",
@@ -144,12 +146,12 @@ class PreferenceSeams(PackedSeams):
         if mode == "train":  # TRL counted the answers' rows, the model ran the packed one
             self._total_train_tokens = tokens_before + batch["packed_ids"].numel()
         figures = {name: values[0] for name, values in self._metrics[mode].items() if name != "num_tokens"}
-        chosen, rejected = (float(half.sum()) for half in batch["completion_mask"].chunk(2))
-        rows = len(batch["completion_mask"]) / 2
-        figures |= {"lengths/chosen": chosen / rows, "lengths/rejected": rejected / rows}
-        weights = {"all": chosen + rejected, "chosen": chosen, "rejected": rejected}
+        tokens, rows = _sizes(batch)
+        figures |= {f"lengths/{side}": tokens[side] / max(1.0, rows[side]) for side in SIDES}
+        figures |= {name: figures.get(name, 0.0) for name in map(_twin, list(figures))}
         for name, value in figures.items():
-            weight = weights[TOKEN_METRICS[name]] if name in TOKEN_METRICS else pairs
+            side = name.rpartition("/")[2]
+            weight = tokens[TOKEN_METRICS[name]] if name in TOKEN_METRICS else rows.get(side, pairs)
             self._tally(mode, name, value, weight if pairs else 0.0)
 
     def _tally(self, mode: str, name: str, value: float, weight: float) -> None:
@@ -161,8 +163,9 @@ class PreferenceSeams(PackedSeams):
         tally, self._tallies[mode] = self._tallies[mode], {}
         if not tally:
             return {}
-        sums = self.sum_over_ranks(torch.stack(list(tally.values())))
-        return {name: float(total / weight) for name, (total, weight) in zip(tally, sums, strict=True) if weight > 0}
+        names = sorted(tally)
+        sums = self.sum_over_ranks(torch.stack([tally[name] for name in names]))
+        return {name: float(total / weight) for name, (total, weight) in zip(names, sums, strict=True) if weight > 0}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand the means to TRL's own log."""
@@ -221,6 +224,20 @@ class PreferenceSeams(PackedSeams):
                 yield model
         else:
             yield self.ref_model
+
+
+def _sizes(batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens of the answers, and rows, of all, of the chosen (or desirable) and of the rejected (or undesirable)."""
+    mask = batch["completion_mask"].cpu()
+    chosen = batch["label"].cpu() if "label" in batch else torch.arange(len(mask)) < len(mask) // 2
+    tokens = {side: float(mask[which].sum()) for side, which in zip(SIDES, (chosen, ~chosen), strict=True)}
+    return tokens | {"all": sum(tokens.values())}, {"chosen": float(chosen.sum()), "rejected": float((~chosen).sum())}
+
+
+def _twin(name: str) -> str:
+    """The other side's name: a micro-batch without rejected answers still counts, with nothing, on every rank."""
+    metric, _, side = name.rpartition("/")
+    return f"{metric}/{SIDES[1 - SIDES.index(side)]}" if side in SIDES else name
 
 
 def without_own_keys(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from qwen2audio_train.config import ConfigError, Objective, PreferenceConfig, Reference, StageConfig
 from qwen2audio_train.data.build import Loader, eval_batches
-from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample
+from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.making import remote_of
 from qwen2audio_train.data.sample import SampleOptions
 from qwen2audio_train.data.sources import find_manifests, good_examples
@@ -48,7 +48,8 @@ def preference_trainer(
     before its first step.
 
     Raises:
-        ConfigError: the recipe wants stored log-probabilities, and audio that changes or KTO, which has none.
+        ConfigError: the recipe wants stored log-probabilities, and audio that changes or KTO, which has none; or KTO
+            with one prompt per forward.
     """
     held_out = stage.held_out(config, tokenizer)
     reference = config.preference.reference
@@ -57,6 +58,8 @@ def preference_trainer(
     frozen = frozen_copy(config, model, tokenizer) if reference is Reference.frozen else None
     if reference is Reference.cached and config.preference.objective is Objective.kto:
         raise ConfigError("preference.reference=cached and preference.objective=kto: use reference=frozen or adapter")
+    if config.data.samples_per_pack == 1 and config.preference.objective is Objective.kto:
+        raise ConfigError("data.samples_per_pack=1 and preference.objective=kto: its KL term needs 2 prompts or more")
     cache = open_cache(config, arguments, model) if reference is Reference.cached else None
     options: dict[str, Any] = {
         "args": arguments,
@@ -87,10 +90,7 @@ def frozen_copy(config: StageConfig, model: Any, tokenizer: PreTrainedTokenizerB
 
 def open_cache(config: StageConfig, arguments: Any, model: Any) -> ReferenceCache:
     """The store of this policy's own log-probabilities, in a folder of its own below `preference.cache_dir`."""
-    changing = [
-        name for name in ("spec_augment", "speed", "gain", "noise", "reverb") if getattr(config.data.augment, name)
-    ]
-    if changing:
+    if changing := config.data.augment.changing():
         raise ConfigError(
             f"preference.reference=cached and data.augment.{changing[0]}: stored log-probabilities belong to one "
             "audio; switch the augmentation off, or use preference.reference=frozen or adapter"
@@ -152,23 +152,23 @@ def guards(config: PreferenceConfig) -> list[TrainerCallback]:
 
 def probes(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     """What every evaluation measures besides the held-out pairs."""
-    pairs = list(islice(_held_out_pairs(config), config.preference.probe_examples))
-    if not pairs:
+    examples = list(islice(_held_out_preferences(config), config.preference.probe_examples))
+    if not examples:
         return []
     options = SampleOptions(num_mel_bins=config.model.num_mel_bins)
     decoding = Decoding(max_new_tokens=PROBE_NEW_TOKENS, seed=config.seed)
-    found = [
-        listening_probe(tokenizer, pairs, options, seed=config.seed),
-        drift_probe(tokenizer, pairs, options, decoding),
-    ]
-    asked = [_with_answer(pair) for pair in pairs if pair.meta.get("task")]
-    return [*found, decoded_probe(tokenizer, asked, options, decoding)] if asked else found
+    found = [drift_probe(tokenizer, examples, options, decoding)]
+    if pairs := [example for example in examples if isinstance(example, PreferenceExample)]:
+        found.append(listening_probe(tokenizer, pairs, options, seed=config.seed))
+    if asked := [_with_answer(pair) for pair in pairs if pair.meta.get("task")]:
+        found.append(decoded_probe(tokenizer, asked, options, decoding))
+    return found
 
 
-def _held_out_pairs(config: StageConfig) -> Iterator[PreferenceExample]:
+def _held_out_preferences(config: StageConfig) -> Iterator[PreferenceExample | UnpairedExample]:
     for name, source in config.data.eval_sources.items():
         found = good_examples(find_manifests(name, source, remote_of(config.data), config.data.num_workers))
-        yield from (example for example in found if isinstance(example, PreferenceExample))
+        yield from (example for example in found if isinstance(example, PreferenceExample | UnpairedExample))
 
 
 def _with_answer(pair: PreferenceExample) -> ChatExample:

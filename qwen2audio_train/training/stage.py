@@ -34,7 +34,7 @@ from qwen2audio_train.config import (
     StageConfig,
 )
 from qwen2audio_train.data.build import Loader, build_batches, eval_batches
-from qwen2audio_train.data.examples import Example, TaskExample
+from qwen2audio_train.data.examples import PREFERENCE_TASKS, Example, TaskExample
 from qwen2audio_train.data.making import remote_of
 from qwen2audio_train.data.prompts import tag_tokens
 from qwen2audio_train.data.render import Text, render
@@ -246,7 +246,7 @@ def training_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) ->
     )
     indexes = loader.planner.indexes if isinstance(loader, PackLoader) else ()
     for name, index in zip(loader.source_names, indexes, strict=False):
-        if ("preference" in index.task_counts) != (config.stage is Stage.dpo):
+        if (not PREFERENCE_TASKS.isdisjoint(index.task_counts)) != (config.stage is Stage.dpo):
             found = ", ".join(sorted(index.task_counts))
             expected = "preferences" if config.stage is Stage.dpo else "task or chat examples"
             raise ConfigError(f"data.sources.{name}: holds {found}, the stage {config.stage} learns from {expected}")

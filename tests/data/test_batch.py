@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,27 @@ def test_several_rejected_answers_share_the_chosen_branch() -> None:
     assert batch["pair_weight"].tolist() == [1.0, 1.0, 1.0]
     first, second, third = batch["pair_key"].tolist()
     assert first == third != second  # the same id, prompt and answers have the same key
+
+
+def test_answers_without_their_opposite_are_rows_of_their_own_the_desirable_ones_first() -> None:
+    bad = replace(make_sample([1, 2], [], branches=([3, 4],)), task="undesirable")
+    good = replace(make_sample([6], [], branches=([5],)), task="desirable")
+    batch = pack_preference([bad, replace(TREE, task="preference"), good])
+    assert lists(batch) == {
+        "packed_ids": [[1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 5]],
+        "packed_positions": [[0, 1, 2, 3, 0, 1, 2, 3, 2, 0, 1]],
+        "scatter": [[5, 6, 7], [9, 10, -1], [1, 2, 3], [5, 8, -1]],
+        "input_ids": [[2, 3, 4], [6, 5, 0], [2, 3, 4], [2, 5, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]],
+        "completion_mask": [[0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 0]],
+        "label": [True, True, False, False],
+        "pair_weight": [1.0] * 4,
+        "cu_q": [0, 2, 4, 6, 8, 9, 10, 11],
+        "cu_k": [0, 2, 6, 8, 12, 15, 16, 18],
+        "key_index": [0, 1, 0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 4, 5, 8, 9, 9, 10],
+        "clip_frames": [],
+        "audio_slot": [],
+    }
 
 
 def test_one_answer_is_no_preference() -> None:

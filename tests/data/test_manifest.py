@@ -1,4 +1,4 @@
-"""The three forms of a line, and what every kind of bad line is told."""
+"""The four forms of a line, and what every kind of bad line is told."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qwen2audio_train.data.manifest import (
     Message,
     PreferenceExample,
     TaskExample,
+    UnpairedExample,
     clips_of,
     parse_line,
     read_manifest,
@@ -30,6 +31,7 @@ TASK = {"id": "a1", "audio": "a1.flac", "duration_s": 3.2, "task": "asr", "langu
 PROMPT = [{"role": "user", "content": [{"type": "audio", "audio": "b.wav", "duration_s": 1.5}]}]
 CHAT = {"id": "b1", "messages": [*PROMPT, {"role": "assistant", "content": "Hello."}]}
 PREFERENCE = {"id": "c1", "prompt": PROMPT, "chosen": "Hello.", "rejected": "Bye."}
+UNPAIRED = {"id": "d1", "prompt": PROMPT, "completion": "Bye.", "label": False}
 
 
 def parse(record: Any) -> Any:
@@ -103,6 +105,13 @@ def test_clips_in_the_order_of_hearing() -> None:
     assert [clip.path.rsplit("/", 1)[1] for clip in clips_of(example)] == ["b1.wav", "b2.wav", "b.wav"]
 
 
+def test_unpaired_form_has_the_names_of_trl() -> None:
+    prompt = (Message("user", (Clip("/corpora/speech/b.wav", 1.5),)),)
+    assert parse(UNPAIRED) == UnpairedExample("d1", prompt, "Bye.", False, source="train")
+    assert parse(UNPAIRED | {"label": True}).label is True
+    assert clips_of(parse(UNPAIRED)) == (Clip("/corpora/speech/b.wav", 1.5),)
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -112,6 +121,7 @@ def test_clips_in_the_order_of_hearing() -> None:
         CHAT | {"mode": "analysis", "source": "other"},
         PREFERENCE,
         PREFERENCE | {"rejected": ["Bye.", "No."]},
+        UNPAIRED,
     ],
 )
 def test_examples_can_be_written_back_into_another_folder(record: dict[str, Any]) -> None:
@@ -181,6 +191,13 @@ def test_examples_can_be_written_back_into_another_folder(record: dict[str, Any]
         (PREFERENCE | {"rejected": ["a", ""]}, "rejected.1", "non-empty text"),
         (PREFERENCE | {"rejected": "Hello."}, "rejected", "differs from the chosen one"),
         ({"id": "x", "chosen": "a", "rejected": "b"}, "prompt", "no such key"),
+        (UNPAIRED | {"label": 1}, "label", "true for a desirable answer, false for an undesirable one, found 1"),
+        (UNPAIRED | {"label": None}, "label", "found null"),
+        (UNPAIRED | {"completion": " "}, "completion", "non-empty text"),
+        (UNPAIRED | {"prompt": CHAT["messages"]}, "prompt", "end with a user message"),
+        (UNPAIRED | {"chosen": "Hello."}, "chosen", "an unknown key"),
+        ({key: UNPAIRED[key] for key in UNPAIRED if key != "completion"}, "completion", "no such key"),
+        (PREFERENCE | {"lable": True}, "lable", "an unknown key"),
     ],
 )
 def test_bad_fields(record: dict[str, Any], field: str, says: str) -> None:
@@ -216,9 +233,9 @@ def test_all_bad_lines_are_reported(write_manifest: Callable[[list[Any]], Path])
 
 
 def test_good_empty_and_marked_manifests(write_manifest: Callable[[list[Any]], Path]) -> None:
-    path = write_manifest([TASK, CHAT, PREFERENCE])
+    path = write_manifest([TASK, CHAT, PREFERENCE, UNPAIRED])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert [example.id for example in read_manifest(path)] == ["a1", "b1", "c1"]
+    assert [example.id for example in read_manifest(path)] == ["a1", "b1", "c1", "d1"]
     assert validate_manifest(path) == []
     path.write_text("\n")
     assert "an empty file" in str(validate_manifest(path)[0])
@@ -231,8 +248,8 @@ JSON = st.recursive(
 
 
 @given(
-    form=st.sampled_from([TASK, CHAT, PREFERENCE]),
-    key=st.sampled_from([*TASK, *CHAT, *PREFERENCE, "mode", "meta", "source", "question"]),
+    form=st.sampled_from([TASK, CHAT, PREFERENCE, UNPAIRED]),
+    key=st.sampled_from([*TASK, *CHAT, *PREFERENCE, *UNPAIRED, "mode", "meta", "source", "question"]),
     value=JSON,
 )
 def test_whatever_a_field_holds_gives_an_example_or_a_manifest_error(form: Any, key: str, value: Any) -> None:

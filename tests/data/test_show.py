@@ -17,6 +17,7 @@ TURN = {"role": "user", "content": [{"type": "audio", "audio": "a.wav", "duratio
 LINES = [
     {"id": "chat", "messages": [TURN, {"role": "assistant", "content": "Hi."}]},
     {"id": "pair", "prompt": [TURN], "chosen": "Good.", "rejected": "Bad."},
+    {"id": "alone", "prompt": [TURN], "completion": "Bad.", "label": False},
 ]
 
 
@@ -41,6 +42,10 @@ def test_labels_are_marked(manifest: str) -> None:
     assert show(ShowOptions(manifest, "chat", for_generation=True)).endswith("<|im_start|>assistant\n")
 
 
+def test_an_answer_without_its_opposite_is_called_by_its_label(manifest: str) -> None:
+    assert show(ShowOptions(manifest, "alone")).endswith("undesirable: [[Bad.<|im_end|>]]")
+
+
 def test_tokens_answers_and_a_picture(manifest: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_processor(tokenizer, tmp_path / "processor")
     image = tmp_path / "mel.png"
@@ -56,5 +61,5 @@ def test_tokens_answers_and_a_picture(manifest: str, tokenizer: PreTrainedTokeni
 def test_wrong_names(manifest: str) -> None:
     with pytest.raises(ConfigError, match=r"example=char: no such id; did you mean chat\?"):
         show(ShowOptions(manifest, "char"))
-    with pytest.raises(ConfigError, match="example=2: the manifest has 2 examples"):
-        show(ShowOptions(manifest, "2"))
+    with pytest.raises(ConfigError, match="example=3: the manifest has 3 examples"):
+        show(ShowOptions(manifest, "3"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from qwen2audio_train.config import AdapterConfig, AdapterKind, ConfigError, StageConfig, load_config
-from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample
+from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.manifest import to_record
 from qwen2audio_train.evaluation.generate import Decoding
 from qwen2audio_train.evaluation.samples import LazySamples
@@ -146,7 +147,7 @@ def test_guard_names_a_figure_that_is_not_there() -> None:
 # The stage ------------------------------------------------------------------------------------------------------------
 
 
-def recipe(folder: Path, pairs: list[PreferenceExample], **changes: Any) -> StageConfig:
+def recipe(folder: Path, pairs: Sequence[Example], **changes: Any) -> StageConfig:
     manifest = folder / "pairs.jsonl"
     manifest.write_text("".join(json.dumps(to_record(pair, folder)) + "\n" for pair in pairs))
     source = {"path": [str(manifest)]}
@@ -225,6 +226,20 @@ def test_kto_from_a_recipe(pairs: list[PreferenceExample], tmp_path: Path) -> No
     assert losses[-1] < losses[0]
     with pytest.raises(ConfigError, match="objective=kto"):
         trainer_from(recipe(tmp_path, pairs, preference__reference="cached", **options))
+
+
+def test_answers_without_their_opposite_are_for_kto(pairs: list[PreferenceExample], tmp_path: Path) -> None:
+    answers = [UnpairedExample(p.id, p.prompt, p.chosen, bool(i % 2), "s") for i, p in enumerate(pairs)]
+    options = {"data__samples_per_pack": 4, "data__packs_per_step": 1, "preference__probe_examples": 2}
+    trainer = trainer_from(recipe(tmp_path, answers, preference__objective="kto", **options))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    assert {"eval_rewards/margins", "eval_drift/characters"} <= lines[0].keys()
+    with pytest.raises(ConfigError, match=r"use preference\.objective=kto"):
+        trainer_from(recipe(tmp_path, answers, **options)).train()
+    with pytest.raises(ConfigError, match=r"data\.samples_per_pack=1"):
+        trainer_from(recipe(tmp_path, answers, preference__objective="kto", data__samples_per_pack=1))
 
 
 def test_a_stream_cannot_be_read_ahead(pairs: list[PreferenceExample], tmp_path: Path) -> None:

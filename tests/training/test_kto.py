@@ -1,7 +1,8 @@
-"""KTO on packed pairs against TRL's own trainer on padded, unshared rows, foreign answers included."""
+"""KTO on packed answers against TRL's own trainer on padded, unshared rows, foreign answers included."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from qwen2audio_train.data.batch import pack_preference
 from qwen2audio_train.data.sample import Sample
-from qwen2audio_train.training.kto import AudioKTOTrainer, unpaired
+from qwen2audio_train.training.kto import AudioKTOTrainer, unpaired, with_foreign_answers
 from qwen2audio_train.training.seams import RunFiles
 from tests.model.rows import BANDS
 from tests.training.pairs import PAD_ID, Gradients, ListLoader, StockCollator, config, random_pair, tokenizer
@@ -49,18 +50,19 @@ def kto_config(folder: Path, **changes: Any) -> KTOConfig:
     return KTOConfig(**(values | fixed | changes))
 
 
-def stock_run(samples: list[Sample], args: KTOConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Rows in our order: chosen, then rejected; the answer of the row before is the foreign one."""
-    answers = [(s, 0) for s in range(len(samples))] + [(s, 1) for s in range(len(samples))]
+def stock_run(
+    samples: list[Sample], args: KTOConfig, answers: list[tuple[int, int, bool]]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Rows as (sample, branch, label), in our order; the answer of the row before is the foreign one."""
     rows = [
         {
             "prompt_ids": samples[s].input_ids.tolist(),
             "completion_ids": samples[s].branches[branch].tolist(),
             "KL_completion_ids": samples[answers[row - 1][0]].branches[answers[row - 1][1]].tolist(),
-            "label": branch == 0,
+            "label": label,
             "sample": s,
         }
-        for row, (s, branch) in enumerate(answers)
+        for row, (s, branch, label) in enumerate(answers)
     ]
     gradients = Gradients()
     trainer = StockKTOTrainer(
@@ -91,21 +93,60 @@ def our_trainer(batches: list[dict[str, Tensor]], args: KTOConfig) -> tuple[Audi
     return trainer, gradients
 
 
+PAIRED = [(s, 0, True) for s in range(3)] + [(s, 1, False) for s in range(3)]
+
+
+def single(number: int, branch: int, task: str) -> Sample:
+    """One answer of a sample, without its opposite."""
+    return replace(SAMPLES[number], branches=SAMPLES[number].branches[branch : branch + 1], task=task)
+
+
+def check_equal_to_trl(
+    found: dict[str, float], gradients: dict[str, Tensor], expected: dict[str, float], theirs: dict[str, Tensor]
+) -> None:
+    for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "entropy", "kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+    assert found["logits/rejected"] == pytest.approx(expected["logits/rejected"], rel=1e-4, abs=1e-4)
+    floor = 1e-4 * max(float(gradient.norm()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        gap = float((gradients[name] - gradient).norm()) / max(float(gradient.norm()), floor)
+        assert gap < 1e-4, f"{name}: {gap:.2e}"
+
+
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_loss_metrics_and_gradients_equal_trl(loss_type: str, tmp_path: Path) -> None:
     options = {"loss_type": loss_type, "desirable_weight": 1.3}
-    expected, their_gradients = stock_run(SAMPLES, kto_config(tmp_path, **options))
+    expected, theirs = stock_run(SAMPLES, kto_config(tmp_path, **options), PAIRED)
     trainer, gradients = our_trainer([pack_preference(SAMPLES, BANDS)], kto_config(tmp_path, **options))
     trainer.train()
-    found = trainer.state.log_history[0]
-    for name in ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "entropy", "logits/rejected"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
-    if loss_type == "kto":
-        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4, abs=1e-4)
-    floor = 1e-4 * max(float(gradient.norm()) for gradient in their_gradients.values())
-    for name, gradient in their_gradients.items():
-        gap = float((gradients.by_name[name] - gradient).norm()) / max(float(gradient.norm()), floor)
-        assert gap < 1e-4, f"{name}: {gap:.2e}"
+    check_equal_to_trl(trainer.state.log_history[0], gradients.by_name, expected, theirs)
+
+
+def test_answers_without_their_opposite_equal_trl(tmp_path: Path) -> None:
+    answers = [(2, 0, True), (0, 1, False), (1, 0, False)]
+    expected, theirs = stock_run(SAMPLES, kto_config(tmp_path, per_device_train_batch_size=3), answers)
+    alone = [single(0, 1, "undesirable"), single(1, 0, "undesirable"), single(2, 0, "desirable")]
+    trainer, gradients = our_trainer([pack_preference(alone, BANDS)], kto_config(tmp_path))
+    trainer.train()
+    check_equal_to_trl(trainer.state.log_history[0], gradients.by_name, expected, theirs)
+
+
+def test_a_step_of_one_kind_of_answer_and_of_one_prompt(tmp_path: Path) -> None:
+    """Undesirable answers, then one desirable one by itself: both sides are logged, and its KL term is zero."""
+    batches = [
+        pack_preference([single(0, 1, "undesirable"), single(1, 1, "undesirable")], BANDS),
+        pack_preference([single(2, 0, "desirable")], BANDS),
+    ]
+    arguments = kto_config(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainer, _ = our_trainer(batches, arguments)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"], abs=1e-6)
+    alone, _ = our_trainer(batches[1:], kto_config(tmp_path, per_device_train_batch_size=2))
+    found = alone.evaluate()
+    assert found["eval_kl"] == 0.0
+    assert found["eval_loss"] == pytest.approx(1 - 1 / (1 + np.exp(-found["eval_rewards/chosen"])), abs=1e-6)
+    assert "eval_rewards/rejected" not in found
 
 
 def test_held_out_pairs_and_fillers(tmp_path: Path) -> None:
@@ -120,7 +161,7 @@ def test_held_out_pairs_and_fillers(tmp_path: Path) -> None:
 def test_foreign_answers_belong_to_another_prompt() -> None:
     """With several rejected answers the row before may have the same prompt, and is passed over."""
     samples = [random_pair(np.random.default_rng(seed), (20,), num_rejected=2, name=f"q{seed}") for seed in range(2)]
-    batch = unpaired(pack_preference(samples, BANDS))
+    batch = with_foreign_answers(unpaired(pack_preference(samples, BANDS)))
     prompts = [0, 0, 1, 1, 0, 0, 1, 1]
     assert batch["label"].tolist() == [True] * 4 + [False] * 4
     ids = batch["packed_ids"][0]
@@ -134,8 +175,3 @@ def test_foreign_answers_belong_to_another_prompt() -> None:
         )
     assert int(batch["cu_q"][-1]) == len(ids)
     assert int(batch["cu_k"][-1]) == len(batch["key_index"])
-
-
-def test_one_prompt_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="samples_per_pack to 2 or more"):
-        unpaired(pack_preference(SAMPLES[:1], BANDS))

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen2audio_train.data.chat import written_question
-from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, PreferenceExample, TaskExample
+from qwen2audio_train.data.examples import (
+    ChatExample,
+    Clip,
+    Example,
+    Message,
+    PreferenceExample,
+    TaskExample,
+    UnpairedExample,
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,13 @@ def _question(example: Example, prompt_seed: int) -> Question:
     return Question(example.id, prompt, reference, task, language, example.source, _description(example))
 
 
-def _prompt_and_answer(example: ChatExample | PreferenceExample) -> tuple[tuple[Message, ...], str | None]:
+def _prompt_and_answer(
+    example: ChatExample | PreferenceExample | UnpairedExample,
+) -> tuple[tuple[Message, ...], str | None]:
     if isinstance(example, PreferenceExample):
         return example.prompt, example.chosen
+    if isinstance(example, UnpairedExample):
+        return example.prompt, example.completion if example.label else None
     *before, last = example.messages
     if last.role != "assistant":
         return example.messages, None
