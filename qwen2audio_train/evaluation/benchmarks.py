@@ -13,7 +13,7 @@ import yaml
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, TaskExample
 
-Metric = Literal["error_rate", "bleu", "accuracy", "exact_accuracy", "choice", "letter", "judge"]
+Metric = Literal["error_rate", "bleu", "accuracy", "exact_accuracy", "choice", "letter", "judge", "hallucination"]
 LETTERS = "ABCDEFGHIJ"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.data.examples import Example, PreferenceExample
+from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.sample import SampleOptions
 from qwen2audio_train.evaluation import metrics
 from qwen2audio_train.evaluation.benchmarks import benchmarks
@@ -91,7 +91,7 @@ def evaluate(
         MissingLibraryError: a score would need a library that is not installed.
     """
     started = time.perf_counter()
-    if any(isinstance(example, PreferenceExample) for example in examples):
+    if any(isinstance(example, PreferenceExample | UnpairedExample) for example in examples):
         raise ValueError("preference examples have no single right answer: score them with score_pairs")
     prompts = LazySamples(examples, tokenizer, options, for_generation=True, audio=audio, seed=seed)
     items = [item for item in map(item_of, prompts.examples) if item is not None]
@@ -115,14 +115,14 @@ def evaluate(
 def score_texts(
     decoded: Sequence[tuple[Item, str]], seen: Seen, *, bootstrap_samples: int = 1000, seed: int = 0
 ) -> list[Row]:
-    """Scores of decoded texts, grouped by source, task and language."""
-    groups: dict[tuple[str, str, str | None], list[tuple[Item, str]]] = {}
+    """Scores of decoded texts, grouped by source, task, language and metric."""
+    groups: dict[tuple[str, str, str | None, str | None], list[tuple[Item, str]]] = {}
     for item, text in decoded:
         if item.reference is not None and item.metric not in (None, "judge"):
-            groups.setdefault((item.source, item.task, item.language), []).append((item, text))
+            groups.setdefault((item.source, item.task, item.language, item.metric), []).append((item, text))
     settings: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed}
     rows = []
-    for (source, task, language), group in groups.items():
+    for (source, task, language, _), group in groups.items():
         known = benchmarks().get(source)
         published = dict(known.published) if known else {}
         main, *others = _score_group(group, seen, settings)
@@ -137,6 +137,8 @@ def _score_group(group: Sequence[tuple[Item, str]], seen: Seen, settings: dict[s
     references, language, metric = [item.reference or "" for item in items], items[0].language, items[0].metric
     if metric == "error_rate":
         scores = [metrics.error_rate(references, texts, language, **settings), *_unseen(items, texts, seen, settings)]
+    elif metric == "hallucination":
+        scores = [metrics.hallucination(references, texts, language, **settings)]
     elif metric == "bleu":
         scores = [metrics.bleu(references, texts, items[0].text_language, **settings)]
     elif metric == "choice":

@@ -23,8 +23,8 @@ class Item:
     """One held-out example.
 
     `meta` may hold: `unseen_words` (words of the reference that training never had), `said` (what is spoken in each
-    clip), `answer` (of a question that is to be transcribed), `choices`, `kind` (for a breakdown), and `task` and
-    `language` for a chat example, which has no fields for them.
+    clip), `answer` (of a question that is to be transcribed), `choices`, `kind` (for a breakdown), `no_speech` (true
+    where nobody speaks), and `task` and `language` for a chat example, which has no fields for them.
     """
 
     id: str
@@ -76,8 +76,10 @@ def item_of(example: Example) -> Item | None:
 
 def _item(example: Example, *, task: str, **fields: Any) -> Item:
     known = benchmarks().get(example.source)
-    if known is not None:
-        metric: Metric | None = known.metric
+    if example.meta.get("no_speech"):
+        metric: Metric | None = "hallucination"
+    elif known is not None:
+        metric = known.metric
     else:
         metric = None if task in OPEN_TASKS else TASK_METRICS.get(task, "accuracy")
     if metric not in ("error_rate", "bleu"):

@@ -1,7 +1,9 @@
 """A client for any endpoint that speaks OpenAI's chat completions: cached, rate-limited, with a bound on cost.
 
-Nothing is paid for twice: every reply is written to disk under the hash of its request before it is used, so a run that
-was cut off goes on where it stopped.
+Nothing is paid for twice: every reply is written to disk under the hash of its request before it is used, so a run
+that was cut off goes on where it stopped. What was spent stands in the same folder, in `spent.jsonl`: the most that a
+request can cost before it is sent, and a correction afterwards. So the bound on cost is one over all runs, and it holds
+when a run is killed with requests under way.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+LEDGER = "spent.jsonl"
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 Messages = Sequence[Mapping[str, str]]
 
@@ -43,7 +46,8 @@ class Endpoint:
         api_key_variable: environment variable that holds the key; unset, no key is sent.
         cache_dir: folder of the replies.
         requests_per_minute: bound over all threads; None is none.
-        price_per_million: of prompt and of completion tokens, in any currency; max_cost is in the same.
+        price_per_million: of prompt and of completion tokens, in any currency.
+        max_cost: bound, in the same currency, on all that was ever spent with this `cache_dir`.
         max_wait_s: longest pause between two tries.
     """
 
@@ -73,15 +77,21 @@ class Reply:
 
 @dataclass
 class Client:
-    """Asks the endpoint; safe to share between threads. `sleep` is there for tests."""
+    """Asks the endpoint; safe to share between threads, not between processes. `sleep` is there for tests.
+
+    Attributes:
+        spent: with this `cache_dir`, in all runs; requests under way count as the most that they can cost.
+    """
 
     endpoint: Endpoint
     sleep: Callable[[float], None] = time.sleep
     spent: float = 0.0
     num_requests: int = 0
-    _reserved: float = 0.0
     _next_start: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.spent = _read_ledger(Path(self.endpoint.cache_dir) / LEDGER)
 
     def complete(self, messages: Messages) -> Reply:
         """The reply to a conversation at temperature 0, from the cache if it was asked before.
@@ -95,18 +105,12 @@ class Client:
         known = _read_json(path)
         if known is not None:
             return Reply(**known["reply"], from_cache=True)
-        estimate = self._price(sum(len(m["content"]) for m in messages) // 2, self.endpoint.max_tokens)
-        self._reserve(estimate)
-        cost = 0.0
-        try:
-            reply = self._try(request)
-            cost = self._price(reply.prompt_tokens, reply.completion_tokens) if reply.prompt_tokens else estimate
-            fields = {name: value for name, value in vars(reply).items() if name != "from_cache"}
-            _write_json(path, {"request": request, "reply": fields})
-        finally:
-            with self._lock:
-                self._reserved -= estimate
-                self.spent += cost
+        most = self._price(sum(len(m["content"]) for m in messages) // 2, self.endpoint.max_tokens)
+        reply = self._try(request, most)
+        fields = {name: value for name, value in vars(reply).items() if name != "from_cache"}
+        _write_json(path, {"request": request, "reply": fields})
+        if reply.prompt_tokens:
+            self._book(self._price(reply.prompt_tokens, reply.completion_tokens) - most)
         return reply
 
     def _request(self, messages: Messages) -> dict[str, Any]:
@@ -126,27 +130,38 @@ class Client:
         prompt, completion = self.endpoint.price_per_million
         return (prompt * prompt_tokens + completion * completion_tokens) / 1e6
 
-    def _reserve(self, estimate: float) -> None:
-        cap = self.endpoint.max_cost
+    def _book(self, amount: float, cap: float | None = None) -> None:
+        """Add to what is spent, on disk first. Raises CostCapError if that would pass `cap`."""
+        folder = Path(self.endpoint.cache_dir)
         with self._lock:
-            if cap is not None and self.spent + self._reserved + estimate > cap:
+            if cap is not None and self.spent + amount > cap:
                 raise CostCapError(
-                    f"{self.spent:.4f} spent and {self._reserved:.4f} under way: up to {estimate:.4f} more would pass "
-                    f"max_cost {cap:g}; raise it and run again, what is paid for stays in {self.endpoint.cache_dir}"
+                    f"{self.spent:.4f} spent or under way: up to {amount:.4f} more would pass max_cost {cap:g}; raise "
+                    f"it and run again, what is paid for stays in {folder}"
                 )
-            self._reserved += estimate
+            if amount == 0:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / LEDGER).open("a", encoding="utf-8") as ledger:
+                ledger.write(json.dumps({"cost": amount}) + "\n")
+            self.spent += amount
 
-    def _try(self, request: dict[str, Any]) -> Reply:
+    def _try(self, request: dict[str, Any], most: float) -> Reply:
+        """Ask until there is a reply; it is booked at `most`, as is a try whose reply came in pieces or too late."""
         problem = ""
         for attempt in range(self.endpoint.max_tries):
+            self._book(most, self.endpoint.max_cost)
             self._wait_for_turn()
             try:
                 return self._send(request)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-                if error.code not in RETRIED_STATUS:
-                    raise JudgeError(f"{self.endpoint.base_url}: {problem}") from error
-                least = _retry_after(error.headers.get("Retry-After"))
+            except urllib.error.URLError as error:
+                self._book(-most)
+                problem, least = str(error), 0.0
+                if isinstance(error, urllib.error.HTTPError):
+                    problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                    if error.code not in RETRIED_STATUS:
+                        raise JudgeError(f"{self.endpoint.base_url}: {problem}") from error
+                    least = _retry_after(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 # Time-outs, dropped connections, truncated or foreign JSON.
                 problem, least = f"{type(error).__name__}: {error}", 0.0
@@ -189,6 +204,17 @@ def _retry_after(value: str | None) -> float:
     except ValueError:
         date = email.utils.parsedate_tz(value)
         return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+def _read_ledger(path: Path) -> float:
+    """Sum of a ledger; a last line that was cut off goes, since its request was not sent."""
+    if not path.is_file():
+        return 0.0
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return float(sum(json.loads(line)["cost"] for line in whole.splitlines()))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

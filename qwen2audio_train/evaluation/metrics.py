@@ -142,6 +142,22 @@ def chosen_letter(hypothesis: str) -> str | None:
     return found[-1] if found else None
 
 
+def hallucination(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    language: str | None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Score:
+    """Share of answers to recordings without speech that have words: neither empty nor what was to be said."""
+    wrote = [
+        int(normalise(said, language) not in ("", normalise(wanted, language)))
+        for wanted, said in zip(references, hypotheses, strict=True)
+    ]
+    return proportion("hallucination", wrote, samples=samples, seed=seed)
+
+
 def confused(hypothesis: str, own: str, other: str, language: str | None) -> bool:
     """Whether `hypothesis` is nearer (in word error rate) to what the other mode would have said than to `own`."""
     edits, lengths = edit_counts([own, other], [hypothesis] * 2, [language] * 2)

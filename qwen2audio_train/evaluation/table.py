@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from qwen2audio_train.evaluation.bootstrap import Score
 
 PERCENT = frozenset(
-    {"wer", "cer", "accuracy", "pair_accuracy", "unseen_word_error_rate", "transcribed_instead", "answered_instead"}
+    {
+        "wer",
+        "cer",
+        "accuracy",
+        "pair_accuracy",
+        "unseen_word_error_rate",
+        "transcribed_instead",
+        "answered_instead",
+        "hallucination",
+    }
 )
 """Metrics that are shares."""
 
@@ -21,6 +30,7 @@ NAMES = {
     "transcribed_instead": "transcribed instead of answered",
     "answered_instead": "answered instead of transcribed",
     "pair_accuracy": "pair accuracy",
+    "hallucination": "words where nobody speaks",
     "judge": "judge's score",
 }
 """How a metric is called where people read it; the others by their own names."""

@@ -21,6 +21,7 @@ class Judge:
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     url: str = ""
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 def completion(content: Any) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def misbehaving_judge(judge: Judge) -> Iterator[Judge]:
                 self.connection.close()
             elif misdeed == "slow":
                 time.sleep(0.5)
+            elif misdeed == "hang":
+                judge.released.wait(60)
             elif misdeed == "truncated":
                 body = json.dumps(completion("8 6")).encode()
                 self.send_response(200)

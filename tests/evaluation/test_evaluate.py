@@ -118,6 +118,14 @@ def test_transcription_that_is_answered_instead():
     assert rows["analysis", "", "wer"].n == 2
 
 
+def test_words_where_nobody_speaks_are_counted_apart_from_the_error_rate():
+    nothing = [chat(str(i), "Write it down.", "No speech.", task="asr", no_speech=True) for i in range(4)]
+    speech = chat("s", "Write it down.", "the cat sat", task="asr")
+    rows = scored([(speech, "the cat sat"), *zip(nothing, ["no speech", "", "the cat sat", "no"], strict=True)])
+    assert (rows["analysis", "", "wer"].value, rows["analysis", "", "wer"].n) == (0.0, 1)
+    assert (rows["analysis", "", "hallucination"].value, rows["analysis", "", "hallucination"].n) == (0.5, 4)
+
+
 def test_a_benchmark_is_scored_by_its_own_rules_beside_published_figures():
     emotion = TaskExample("1", CLIP, "ser", "en", "joy", "meld")
     (row,) = score_texts([(item_of(emotion), " joy"), (item_of(emotion), "Joy")], Seen())

@@ -3,7 +3,11 @@ from __future__ import annotations
 import email.utils
 import json
 import math
+import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -117,6 +121,46 @@ def test_cost_is_counted_and_capped_before_it_is_spent(judge, client):
     assert len(judge.requests) == 2
     capped.complete(MESSAGES)
     assert capped.spent == pytest.approx(2 * 0.0013), "what is in the cache is free"
+    with pytest.raises(CostCapError, match=r"0\.0026 spent"):
+        Client(capped.endpoint).complete([{"role": "user", "content": "a third"}])
+
+
+def test_a_reply_that_was_lost_on_its_way_counts_as_paid(judge, client):
+    priced = Client(replace(client.endpoint, price_per_million=(0.0, 1e6), max_tokens=16), sleep=lambda _: None)
+    judge.misdeeds += [(429, {}), "truncated"]
+    priced.complete(MESSAGES)
+    assert len(judge.requests) == 3
+    assert priced.spent == 16 + 3, "the one in pieces at its most, the whole one by its tokens, the refused one nothing"
+
+
+def test_killed_in_the_middle_nothing_is_paid_twice_and_the_bound_holds(judge, client):
+    """Requests under way at the kill are lost, one per worker; they count as spent, so the bound still holds."""
+    workers, cap = 2, 60.0
+    judge.misdeeds += [None] * 9 + ["hang"] * workers  # None answers at once
+    script = f"""
+from qwen2audio_train.evaluation.judge import Judged, judge_answers
+from qwen2audio_train.evaluation.judge_client import Client, Endpoint
+endpoint = Endpoint({judge.url!r}, "judge-1", {str(client.endpoint.cache_dir)!r}, price_per_million=(0.0, 1e6),
+                    max_tokens=4, max_cost={cap})
+items = [Judged(f"q{{i}}", "a dog barks", "What is it?", f"a dog {{i}}", f"a cat {{i}}") for i in range(6)]
+judge_answers(Client(endpoint), items, workers={workers})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    while len(judge.requests) < 9 + workers and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    judge.released.set()
+    endpoint = replace(client.endpoint, price_per_million=(0.0, 1e6), max_tokens=4, max_cost=cap)
+    stored = len(list(client.endpoint.cache_dir.rglob("*.json")))
+    again = Client(endpoint)
+    assert stored == 9
+    assert again.spent == 9 * 3 + workers * 4
+    assert judge_answers(again, items(6), workers=1).outcomes == {"scored": 6}
+    asked = Counter(request["messages"][0]["content"] for request in judge.requests)
+    assert len(asked) == 12
+    assert sum(asked.values()) == 12 + workers
+    assert again.spent <= cap
 
 
 @pytest.mark.parametrize(
