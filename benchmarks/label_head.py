@@ -4,8 +4,8 @@
     python benchmarks/label_head.py --quick    # seconds
     python benchmarks/label_head.py --device cuda --dtype bfloat16 --width 4096 --labels 4096
 
-Prints one JSON line per candidate, in the order of time. Every candidate runs in a process of its own, so that its peak
-memory is its own.
+Every candidate runs in a process of its own, so that its peak memory is its own; their losses have to agree. The last
+line is JSON: seconds and peak memory beyond the inputs of every candidate, in the order of time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def ours(hidden: Tensor, head: LabelHead, target: Tensor, weight: Tensor) -> Ten
 CANDIDATES: dict[str, Score] = {f.__name__: f for f in (whole, checkpointed, torch_chunked, trl_chunked, ours)}
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Relative, of the losses among each other."""
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Best time of some steps of one candidate, its peak memory beyond the inputs, and its value."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -84,8 +88,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     mib = (_peak_bytes(args.device) - before) / 2**20
-    setup = {key: getattr(args, key) for key in ("labels", "width", "vocab", "dtype", "device", "frozen")}
-    return {"candidate": name, "seconds": round(min(times), 4), "peak_mib": round(mib), "loss": float(loss), **setup}
+    return {"seconds": round(min(times), 4), "peak_mib": round(mib), "loss": float(loss)}
 
 
 def _peak_bytes(device: str) -> int:
@@ -111,16 +114,24 @@ def main() -> None:
     if args.candidate:
         print(json.dumps(measure(args.candidate, args)))
         return
-    lines = []
+    found = {}
     for name in CANDIDATES:
         if name == "torch_chunked" and not hasattr(F, "linear_cross_entropy"):
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--candidate", name]
-        lines.append(
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        )
-    for line in sorted(lines, key=lambda line: line["seconds"]):
-        print(json.dumps(line))
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    whole_loss = found["whole"]["loss"]
+    for name, figures in sorted(found.items(), key=lambda item: item[1]["seconds"]):
+        print(f"{name:14} {figures['seconds']:9.4f} s {figures['peak_mib']:7} MiB")
+        if abs(figures["loss"] - whole_loss) > TOLERANCE[args.dtype] * whole_loss:
+            sys.exit(f"{name}: loss {figures['loss']}, with all logits at once it is {whole_loss}")
+    setup = {key: getattr(args, key) for key in ("labels", "width", "vocab", "dtype", "device", "frozen")}
+    ways = {
+        figure: {name: found[name][figure] for name in sorted(found, key=lambda name: found[name]["seconds"])}
+        for figure in ("seconds", "peak_mib")
+    }
+    print(json.dumps({**ways, **setup}))
 
 
 if __name__ == "__main__":
