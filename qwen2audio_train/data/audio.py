@@ -83,7 +83,8 @@ def load_audio(
         rate = file.samplerate
         start, stop = _bounds(clip, file, limits)
         try:
-            file.seek(start)
+            if start:  # in FLAC even a seek to where it stands decodes a block
+                file.seek(start)
             samples = file.read(stop - start, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise AudioError(clip.path, f"cannot be decoded ({error})") from error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2audio_train.data.index import Index
+from qwen2audio_train.data.index import Index, release
 from qwen2audio_train.data.mixture import Mixture
 from qwen2audio_train.data.permutation import hash_key
 
@@ -144,6 +144,7 @@ class Planner:
             here = rows[:, 0] == source
             records = self.indexes[source].records[rows[here, 2]]
             audio[here], text[here] = records["audio_tokens"], records["text_tokens"]
+            release(self.indexes[source].records)
         return audio + text, cost_of(audio + text, audio)
 
     def slots(self, start: Cursor, epochs: int | None) -> Iterator[tuple[Pack, Cursor, Ints]]:

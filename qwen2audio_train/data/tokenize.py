@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +22,9 @@ from qwen2audio_train.config import ConfigError
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.render import ExampleError, Piece, Rendered, Text
 from qwen2audio_train.layout import AUDIO_TOKEN, num_clip_tokens, num_samples_of
+
+MOST_CACHED = 1024
+"""Texts whose ids are kept."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class TextEncoder:
             raise ConfigError(f"the tokenizer has no token {AUDIO_TOKEN}: it is not one of Qwen2-Audio")
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._plain_ids = lru_cache(MOST_CACHED)(self._encoded)  # the same few prompts stand around every answer
 
     def encode(self, texts: Sequence[Text]) -> list[int]:
         """Ids of pieces that belong together; plain stretches are joined over the border of pieces."""
@@ -79,7 +84,7 @@ class TextEncoder:
                     plain = ""
         return ids + self._plain_ids(plain)
 
-    def _plain_ids(self, text: str) -> list[int]:
+    def _encoded(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids if text else []
 
 
