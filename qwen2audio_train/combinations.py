@@ -1,4 +1,4 @@
-"""The one table of what may be combined: ZeRO stage x adapter x offload x compile x optimizer.
+"""The one table of what may be combined: ZeRO stage x adapter x offload x compile x type of the weights x optimizer.
 
 The schema refuses what no row allows and names the nearest choice that is allowed; `docs/combinations.md` prints it.
 """
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 ADAMW_8BIT = frozenset({"adamw_bnb_8bit", "paged_adamw_8bit"})
+ADAMW_BF16 = frozenset({"adamw_bf16_kahan", "adamw_bf16_stochastic"})
+"""Ours, for weights that are stored in bfloat16 and have no float32 copy: see `training/optimizers.py`."""
 OTHERS = frozenset({"sgd", "adafactor"})
+ANY = ADAMW | OTHERS
 
 
 @dataclass(frozen=True)
@@ -21,36 +24,51 @@ class Combination:
     adapter: frozenset[str]
     offload: frozenset[str]
     compile: frozenset[str]
+    weights: frozenset[str]
     optimizer: frozenset[str]
     note: str
 
 
-def _row(zero: str, adapter: str, offload: str, compile: str, optimizer: frozenset[str], note: str) -> Combination:
-    sets = [frozenset(column.split()) for column in (zero, adapter, offload, compile)]
-    return Combination(sets[0], sets[1], sets[2], sets[3], optimizer, note)
+def _row(
+    zero: str, adapter: str, offload: str, compile: str, weights: str, optimizer: frozenset[str], note: str
+) -> Combination:
+    sets = [frozenset(column.split()) for column in (zero, adapter, offload, compile, weights)]
+    return Combination(sets[0], sets[1], sets[2], sets[3], sets[4], optimizer, note)
 
+
+ALL, BOTH = "0 1 2 3", "float32 bfloat16"
 
 COMBINATIONS = (
-    _row("none 0 1 2 3", "none lora", "none", "false", ADAMW | OTHERS, "tested on CPU with two ranks"),
+    _row("none 0 1 2 3", "none lora", "none", "false", "float32", ANY, "tested on CPU with two ranks"),
     _row(
         "none 0 1 2",
         "none lora",
         "none",
         "true",
-        ADAMW | OTHERS,
+        "float32",
+        ANY,
         "ZeRO-3 gathers inside compiled blocks: not allowed",
     ),
-    _row("none 0 1 2", "none lora qlora", "none", "false", ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
-    _row("none 0 1 2", "qlora", "none", "false", ADAMW, "needs bitsandbytes and a GPU; untested"),
+    _row(ALL, "none lora", "none", "false", "bfloat16", ANY, "DeepSpeed keeps float32 copies of what is trained"),
+    _row("0 1 2", "none lora", "none", "true", "bfloat16", ANY, "the same, compiled; untested"),
+    _row("none", "lora", "none", "false true", "bfloat16", ANY, "the adapter is trained in float32"),
     _row(
-        "1 2 3",
-        "none lora",
-        "optimizer",
-        "false",
-        frozenset({"adamw_torch"}),
-        "DeepSpeed's CPU Adam; untested",
+        "none",
+        "none",
+        "none",
+        "false true",
+        "bfloat16",
+        ADAMW_BF16,
+        "no float32 copy, nothing rounded away; any other optimizer would stall",
     ),
-    _row("3", "none lora", "parameters both", "false", frozenset({"adamw_torch"}), "untested"),
+    _row("none", "none", "none", "false", "float32", ADAMW_8BIT, "needs bitsandbytes; its step was tried on a CPU"),
+    _row("none", "lora qlora", "none", "false", BOTH, ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
+    _row("0 1 2", "none lora qlora", "none", "false", BOTH, ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
+    _row("none 0 1 2", "qlora", "none", "false", BOTH, ADAMW, "needs bitsandbytes and a GPU; untested"),
+    _row("1 2 3", "none lora", "optimizer", "false", BOTH, frozenset({"adamw_torch"}), "tested on CPU with two ranks"),
+    _row(
+        "3", "none lora", "parameters both", "false", BOTH, frozenset({"adamw_torch"}), "tested on CPU with two ranks"
+    ),
 )
 
 KEYS = {
@@ -58,6 +76,7 @@ KEYS = {
     "adapter": "adapter.kind",
     "offload": "deepspeed.offload_optimizer / deepspeed.offload_parameters",
     "compile": "model.compile",
+    "weights": "model.dtype",
     "optimizer": "trainer.optim",
 }
 
@@ -92,7 +111,7 @@ def _one_of(column: str, values: list[str]) -> str:
 
 def table() -> str:
     """The table in Markdown, as the documentation shows it."""
-    head = ["ZeRO", "adapter", "offload", "compile", "optimizer", "note"]
+    head = ["ZeRO", "adapter", "offload", "compile", "weights", "optimizer", "note"]
     rows = [head, ["---"] * len(head)]
     for row in COMBINATIONS:
         sets = [getattr(row, name) for name in KEYS]

@@ -102,6 +102,8 @@ class ModelConfig:
         freeze: parts that are not trained.
         activation_checkpointing: modules (`audio_tower`, `language_model`) whose activations are recomputed.
         compile: compile the decoder and encoder blocks with `torch.compile`.
+        encoder_cache_dir: folder for the outputs of a frozen tower, which a later epoch reads instead of running it.
+        encoder_cache_max_gib: bound of that folder; beyond it the tower runs for what is not there.
     """
 
     kind: ModelKind = MISSING
@@ -115,6 +117,8 @@ class ModelConfig:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     activation_checkpointing: list[str] = field(default_factory=list, metadata={"choices": LAYERED})
     compile: bool = False
+    encoder_cache_dir: str | None = None
+    encoder_cache_max_gib: float = at_least(0, 64.0)
 
 
 @dataclass
@@ -335,5 +339,6 @@ def _choice(config: StageConfig) -> dict[str, str]:
         "adapter": config.adapter.kind.value,
         "offload": offload[config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters],
         "compile": str(config.model.compile).lower(),
+        "weights": config.model.dtype.value,
         "optimizer": str(config.trainer.get("optim", "adamw_torch")),
     }

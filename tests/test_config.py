@@ -135,8 +135,8 @@ def test_an_interpolation_of_nothing_is_named() -> None:
 
 
 def choice(**changes: str) -> dict[str, str]:
-    plain = {"zero": "none", "adapter": "none", "offload": "none", "compile": "false", "optimizer": "adamw_torch"}
-    return plain | changes
+    plain = {"zero": "none", "adapter": "none", "offload": "none", "compile": "false"}
+    return plain | {"weights": "float32", "optimizer": "adamw_torch"} | changes
 
 
 def test_every_row_of_the_table_is_allowed() -> None:
@@ -162,6 +162,16 @@ def test_every_row_of_the_table_is_allowed() -> None:
             "trainer.optim one of adafactor, adamw_bnb_8bit, adamw_torch, adamw_torch_fused, paged_adamw_8bit, sgd",
         ),
         (
+            {"weights": "bfloat16"},
+            "deepspeed.stage one of 0, 1, 2, 3; or adapter.kind one of lora, qlora; or model.dtype=float32; "
+            "or trainer.optim one of adamw_bf16_kahan, adamw_bf16_stochastic",
+        ),
+        (
+            {"optimizer": "adamw_bf16_kahan"},
+            "model.dtype=bfloat16; or trainer.optim one of adafactor, adamw_bnb_8bit, adamw_torch, adamw_torch_fused, "
+            "paged_adamw_8bit, sgd",
+        ),
+        (
             {"zero": "2", "offload": "both", "compile": "true"},
             f"{KEYS['offload']}=none",
         ),
@@ -181,6 +191,12 @@ def test_what_is_in_no_row_is_refused_with_the_nearest(changes: dict[str, str], 
 
 def test_the_schema_asks_the_table(tmp_path: Path) -> None:
     assert "this combination is not supported" in refused("deepspeed.offload_optimizer=true", tmp_path)
+
+
+def test_bfloat16_under_deepspeed_needs_its_float32_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match=r"model\.dtype=bfloat16 under DeepSpeed: set trainer\.bf16=true"):
+        training_arguments(recipe(tmp_path, tmp_path, "model.dtype=bfloat16", "deepspeed.stage=2"))
 
 
 def test_the_page_shows_the_table() -> None:

@@ -65,6 +65,9 @@ def packed_attention_forward(
             "it supports neither: set attention_dropout to 0 and use_sliding_window to false in the model's config"
         )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if torch.is_autocast_enabled(q.device.type):
+        # Rotary positions of float32 weights make float32 of queries and keys: the kernel would not take them.
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if key_index is not None:
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
     causal = bool(module.is_causal)

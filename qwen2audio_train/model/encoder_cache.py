@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2AudioEncoder
 
+from qwen2audio_train.config import ConfigError, StageConfig
 from qwen2audio_train.layout import mel_columns, num_audio_tokens
 from qwen2audio_train.model.encoder import encode_packed
+
+if TYPE_CHECKING:
+    from qwen2audio_train.model.packed import PackedQwen2Audio
 
 
 def weights_digest(tower: Qwen2AudioEncoder) -> str:
@@ -32,6 +37,36 @@ def weights_digest(tower: Qwen2AudioEncoder) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(_bytes(value))
     return digest.hexdigest()
+
+
+def check_encoder_cache(config: StageConfig) -> None:
+    """Refuse a cache under which the tower's outputs would not come back as they were.
+
+    Raises:
+        ConfigError: naming the key that stands in the way.
+    """
+    model, adapter = config.model, config.adapter
+    adapted = adapter.modules if adapter.kind.value != "none" else []
+    reason = None
+    if config.stage.value == "encoder":
+        reason = "stage=encoder: the tower is trained; train another stage"
+    elif adapter.kind.value == "none" and not model.freeze.audio_tower:
+        reason = "model.freeze.audio_tower=false: the tower is trained; freeze it"
+    elif "audio_tower" in (*adapted, *adapter.modules_to_save):
+        reason = "adapter.modules: an adapter on audio_tower changes it; leave it out"
+    elif changing := config.data.augment.changing():
+        reason = f"data.augment.{changing[0]}: clips change from epoch to epoch; switch it off"
+    elif config.deepspeed.stage == 3:
+        reason = "deepspeed.stage=3: every rank has to run the same modules; use stage 2 or less"
+    if model.encoder_cache_dir is not None and reason:
+        raise ConfigError(f"model.encoder_cache_dir and {reason}, or unset model.encoder_cache_dir")
+
+
+def attach_encoder_cache(model: PackedQwen2Audio, config: StageConfig, ranks: int) -> None:
+    """Give a model, whose weights are loaded, the cache that its recipe asks for, if it does."""
+    if config.model.encoder_cache_dir is not None:
+        limit = int(config.model.encoder_cache_max_gib * 2**30)
+        model.model.encoder_cache = EncoderCache(config.model.encoder_cache_dir, model.model.audio_tower, limit, ranks)
 
 
 def _bytes(tensor: Tensor) -> bytes:

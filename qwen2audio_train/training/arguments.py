@@ -12,8 +12,10 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
+from qwen2audio_train.combinations import ADAMW_BF16
 from qwen2audio_train.config import ConfigError, DeepSpeedConfig, Objective, Stage, StageConfig
 from qwen2audio_train.config_check import nearest, no_choice, too_small
+from qwen2audio_train.model.encoder_cache import check_encoder_cache
 
 OWNED = {
     "output_dir": "run_dir",
@@ -72,9 +74,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def forwards_per_step(config: StageConfig) -> int:
+def forwards_per_step(config: StageConfig, ranks: int | None = None) -> int:
     """Forwards of each rank in one optimiser step: ceil(packs_per_step / ranks / packs_per_forward)."""
-    per_rank = -(-config.data.packs_per_step // world_size())
+    per_rank = -(-config.data.packs_per_step // (ranks or world_size()))
     return -(-per_rank // config.data.packs_per_forward)
 
 
@@ -96,6 +98,8 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         raise ConfigError(f"deepspeed.stage={config.deepspeed.stage}: start it with torchrun, also for a single rank")
     if config.trainer.get("eval_strategy", "no") != "no" and not config.data.eval_sources:
         raise ConfigError(f"trainer.eval_strategy={config.trainer['eval_strategy']}: there are no data.eval_sources")
+    check_encoder_cache(config)
+    check_deepspeed_precision(config)
     kind = arguments_class(config)
     check_trainer_keys(config.trainer, kind)
     values: dict[str, Any] = {
@@ -130,10 +134,22 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     names = {field.name for field in dataclasses.fields(kind)}
     if "activation_checkpointing" not in names:
         values["gradient_checkpointing"] = values.pop("activation_checkpointing")
+    optim = values.get("optim")
+    if optim in ADAMW_BF16:  # ours: Trainer's class knows its own names alone
+        del values["optim"]
     try:
-        return kind(**values)
+        arguments = kind(**values)
     except ValueError as error:
         raise ConfigError(f"trainer: {error}") from error
+    if optim in ADAMW_BF16:
+        arguments.optim = optim
+    return arguments
+
+
+def check_deepspeed_precision(config: StageConfig) -> None:
+    """DeepSpeed trains bfloat16 weights, and keeps float32 copies of them, only when its own config says so."""
+    if config.deepspeed.stage is not None and config.model.dtype.value == "bfloat16" and not config.trainer.get("bf16"):
+        raise ConfigError("model.dtype=bfloat16 under DeepSpeed: set trainer.bf16=true")
 
 
 def check_trainer_keys(given: dict[str, Any], kind: type[TrainingArguments]) -> None:
@@ -148,6 +164,8 @@ def check_trainer_keys(given: dict[str, Any], kind: type[TrainingArguments]) -> 
             raise ConfigError(f"trainer.{key}: {kind.__name__} has no such argument; {hint}")
         if key in WITHOUT_EFFECT:
             raise ConfigError(f"trainer.{key}: has no effect on how this project trains; leave it out")
+        if key == "optim" and value in ADAMW_BF16:
+            continue
         choices = _choices(hints[key])
         if choices and value not in choices:
             raise ConfigError(no_choice(f"trainer.{key}", value, choices))

@@ -28,9 +28,9 @@ from qwen2audio_train.config import OptimizerConfig
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
 from qwen2audio_train.model.adapters import adapter_state, restore_adapter
-from qwen2audio_train.model.freeze import parameter_groups
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training import checkpoint as folders
+from qwen2audio_train.training.optimizers import build_optimizer
 from qwen2audio_train.training.restore import check_fit, load_saved_state
 
 CONFIG_FILE = "config.yaml"
@@ -113,15 +113,7 @@ class PackedSeams(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `trainer.optim` over groups with a learning rate per module."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(
-                self.model,
-                learning_rate=self.args.learning_rate,
-                learning_rates=self.rates.learning_rates,
-                weight_decay=self.args.weight_decay,
-                encoder_layer_decay=self.rates.encoder_layer_decay,
-            )
-            self.optimizer = kind(groups, **options)
+            self.optimizer = build_optimizer(self.args, self.model, self.rates)
         return self.optimizer
 
     # Batches ----------------------------------------------------------------------------------------------------------

@@ -43,8 +43,9 @@ from qwen2audio_train.data.stream import PackLoader
 from qwen2audio_train.data.tokenizer import as_qwen2_audio, save_processor, train_tokenizer
 from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
+from qwen2audio_train.model.encoder_cache import attach_encoder_cache
 from qwen2audio_train.model.freeze import set_activation_checkpointing, set_trainable
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 from qwen2audio_train.training import checkpoint as folders
 from qwen2audio_train.training.seams import PackedSeams, RunFiles
 
@@ -188,6 +189,7 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
     else:
         adapted = apply_adapter(model, config.adapter, autocast_adapter_dtype=config.deepspeed.stage != 3)
     set_activation_checkpointing(adapted, config.model.activation_checkpointing, use_reentrant=False)
+    attach_encoder_cache(unwrap(adapted), config, process().num_processes)
     if config.model.compile:
         compile_blocks(adapted)
     return adapted

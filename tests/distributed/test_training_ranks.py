@@ -31,6 +31,18 @@ LORA = ("adapter.kind=lora", "adapter.r=2", "adapter.modules=[language_model,aud
 TEXT = (*STEPS, "trainer.max_steps=2", "trainer.save_strategy='no'")
 PAIRS = (*STEPS, "data.tokens_per_pack=200", "trainer.max_steps=6", "trainer.save_strategy='no'", "trainer.beta=0.5")
 
+OFFLOAD = {
+    "offload-2": ("deepspeed.stage=2", "deepspeed.offload_optimizer=true"),
+    "offload-3": ("deepspeed.stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"),
+}
+HALF = {
+    "bf16-2": ("deepspeed.stage=2", "trainer.bf16=true"),
+    "weights-2": ("deepspeed.stage=2", "trainer.bf16=true", "model.dtype=bfloat16"),
+    "kahan": ("model.dtype=bfloat16", "trainer.optim=adamw_bf16_kahan"),
+    "stochastic": ("model.dtype=bfloat16", "trainer.optim=adamw_bf16_stochastic"),
+}
+"""Runs in bfloat16: computed, stored with float32 copies, stored without."""
+
 STAGES = ("none", "0", "1", "2", "3")
 
 
@@ -53,7 +65,10 @@ def jobs() -> list[Job]:
             Job(f"lora-{number}-resumed", (*STEPS, *LORA, *zero(number)), resume=f"lora-{number}/checkpoint-10"),
             Job(f"pairs-{number}", (*PAIRS, *zero(number)), ("pairs",)),
         ]
-    found.append(Job("bf16-2", (*STEPS, "trainer.bf16=true", *zero("2"))))
+    for name, overrides in OFFLOAD.items():
+        found.append(Job(name, (*STEPS, "trainer.optim=adamw_torch", *overrides)))
+    for name, overrides in HALF.items():
+        found.append(Job(name, (*STEPS, *overrides)))
     return found
 
 
@@ -171,7 +186,13 @@ def test_deepspeed_checkpoints_load_in_plain_transformers(number: str, two: Path
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in saved.values())
 
 
-def test_bfloat16_stays_near(one: Path, two: Path) -> None:
+@pytest.mark.parametrize("name", list(OFFLOAD))
+def test_states_on_the_host_train_alike(name: str, one: Path, two: Path) -> None:
+    assert furthest(figures(two / name), figures(one / "full")) < 1e-3
+
+
+@pytest.mark.parametrize("name", list(HALF))
+def test_bfloat16_stays_near(name: str, one: Path, two: Path) -> None:
     """To three digits in the loss: bfloat16 has eight bits."""
-    ours, exact = ([loss for loss, _ in figures(folder)] for folder in (two / "bf16-2", one / "full"))
+    ours, exact = ([loss for loss, _ in figures(folder)] for folder in (two / name, one / "full"))
     assert ours == pytest.approx(exact, rel=2e-2)

@@ -95,10 +95,14 @@ WRONG = [
     ("pretrain", ["run_dir=HERE/empty.jsonl"], "run_dir=HERE/empty.jsonl: cannot be written to (File exists)"),
     (
         "pretrain",
-        ["model=assembled"],
+        ["model=assembled", "trainer.optim=adamw_bf16_kahan"],
         "model.language_model=Qwen/Qwen2.5-0.5B: no tokenizer could be loaded from there",
     ),
-    ("sft", ["model=qwen2_audio_7b"], "model.path=Qwen/Qwen2-Audio-7B: no tokenizer could be loaded from there"),
+    (
+        "sft",
+        ["model=qwen2_audio_7b", "adapter=lora"],
+        "model.path=Qwen/Qwen2-Audio-7B: no tokenizer could be loaded from there",
+    ),
     (
         "pretrain",
         ["model.architecture.text_config.num_attention_heads=3"],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from qwen2audio_train.model import attention
 from qwen2audio_train.model.attention import (
     PACKED_ATTENTION,
     _by_segment,
@@ -179,6 +181,22 @@ def test_bfloat16_on_cuda_takes_the_kernel() -> None:
         out, _ = packed_attention_forward(Layer(True), query, key, key, None, scaling=0.1, **options)
     assert out.shape == (1, 9, HEADS, 64)
     assert out.is_cuda
+
+
+def test_autocast_leaves_one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 queries and keys beside bfloat16 values, as rotary positions make them, would miss the kernel."""
+    seen: list[set[torch.dtype]] = []
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return _by_segment(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(attention, "_by_segment", noted)
+    query, key = heads(HEADS, 9, 0), heads(HEADS, 9, 1)
+    options = {"cu_q": borders([4, 5]), "cu_k": borders([4, 5])}
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_attention_forward(Layer(True), query, key, key.bfloat16(), None, **options)
+    assert seen == [{torch.bfloat16}]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
