@@ -13,7 +13,7 @@ def at_least(least: float, default: float | None, most: float | None = None) -> 
     """A dataclass field whose number lies between `least` and `most`; `out_of_bounds` asks for it.
 
     Fields that hold several values say the same in their metadata: `least`, `most`, and `choices` for the words of a
-    list or the keys of a mapping.
+    list or the keys of a mapping, or for a single word.
     """
     return dataclasses.field(default=default, metadata={"least": least, "most": most})
 
@@ -88,7 +88,8 @@ def out_of_bounds(config: Any, path: str = "") -> Iterator[str]:
         named = value if isinstance(value, dict) else {"": value}
         choices = demands.get("choices")
         if choices is not None:
-            yield from (no_choice(key, word, choices) for word in value if word not in choices)
+            words = [value] if isinstance(value, str) else value
+            yield from (no_choice(key, word, choices) for word in words if word not in choices)
         for name, inner in named.items():
             inner_key = f"{key}.{name}".removesuffix(".")
             if dataclasses.is_dataclass(inner):

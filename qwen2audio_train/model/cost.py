@@ -12,7 +12,14 @@ from typing import Any
 
 from transformers import Qwen2AudioConfig
 
-from qwen2audio_train.layout import MAX_FRAMES, num_audio_tokens, num_encoder_frames, num_frames, num_samples_of
+from qwen2audio_train.layout import (
+    MAX_FRAMES,
+    num_audio_tokens,
+    num_encoder_frames,
+    num_frames,
+    num_samples_of,
+    window_samples,
+)
 
 ORDER = ("audio_tower", "multi_modal_projector", "language_model", "lm_head")
 """The parts that compute, in the order of the forward pass."""
@@ -53,10 +60,23 @@ def packed_load(clip_frames: Sequence[int], segment_lengths: Sequence[int], labe
     return Load(tuple(clip_frames), sum(segment_lengths), pairs, labels)
 
 
-def sample_load(clip_s: float, label_tokens: int, prompt_tokens: int) -> Load:
-    """The load of one sample with a single clip of at most 30 s."""
-    frames = num_frames(num_samples_of(clip_s))
-    return packed_load([frames], [num_audio_tokens(frames) + prompt_tokens + label_tokens], label_tokens)
+def sample_load(clip_s: float, label_tokens: int, prompt_tokens: int, answers: int = 1) -> Load:
+    """The load of one sample with a single clip, of as many windows as it needs.
+
+    Args:
+        label_tokens: of each answer; several answers share the clip and the prompt, as the branches of a tree.
+    """
+    frames = [num_frames(n) for n in window_samples(num_samples_of(clip_s))] if clip_s else []
+    trunk = sum(num_audio_tokens(f) for f in frames) + prompt_tokens
+    if answers == 1:
+        return packed_load(frames, [trunk + label_tokens], label_tokens)
+    pairs = trunk * (trunk + 1) // 2 + answers * (label_tokens * trunk + label_tokens * (label_tokens + 1) // 2)
+    return Load(tuple(frames), trunk + answers * label_tokens, pairs, answers * label_tokens)
+
+
+def repeated(load: Load, times: int) -> Load:
+    """`times` such samples in one row."""
+    return Load(load.clip_frames * times, load.tokens * times, load.pairs * times, load.labels * times)
 
 
 def encoder_flops(audio: Any, frames: int) -> int:
@@ -145,24 +165,25 @@ class Throughput:
 
 
 def throughput(
-    load: Load, flops: float, *, gpu: str, mfu: float, gpus: int = 1, gpu_hour_price: float = 0.0
+    load: Load, flops: float, *, gpu: str, utilisation: float, gpus: int = 1, gpu_hour_price: float = 0.0
 ) -> Throughput:
     """Speed at a given share of the peak.
 
     Args:
         load, flops: of one pass on one GPU; every GPU runs one like it.
         gpu: a key of `PEAK_BF16_FLOPS`.
-        mfu: model FLOPs utilisation, useful operations over the data sheet's peak, in (0, 1].
+        utilisation: share of the data sheet's peak that `flops` reach, in (0, 1]. It is the MFU where `flops` are the
+            useful operations alone, without those that checkpointing repeats.
         gpu_hour_price: in any currency.
 
     Raises:
-        ValueError: an unknown GPU, or an MFU outside of (0, 1].
+        ValueError: an unknown GPU, or a share outside of (0, 1].
     """
     if gpu not in PEAK_BF16_FLOPS:
         raise ValueError(f"gpu {gpu} is unknown; known are {', '.join(PEAK_BF16_FLOPS)}")
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu is {mfu}, expected a share in (0, 1]")
-    step_s = flops / (PEAK_BF16_FLOPS[gpu] * mfu)
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation is {utilisation}, expected a share in (0, 1]")
+    step_s = flops / (PEAK_BF16_FLOPS[gpu] * utilisation)
     audio_rate = load.audio_s * gpus / step_s
     return Throughput(
         step_s=step_s,

@@ -1,8 +1,8 @@
 """What a step holds in memory, from the architecture's numbers alone: weights, gradients, optimiser, activations.
 
-The activations are those that autograd keeps of transformers' layers in bfloat16 with flash attention, counted tensor
-by tensor; a test holds them against what torch really saves. The estimate leaves out the allocator's fragmentation and
-what CUDA itself takes (1 to 2 GB).
+The activations are those that autograd keeps of transformers' layers with flash attention, counted tensor by tensor; a
+test holds them against what torch really saves. The estimate leaves out the allocator's fragmentation, buffers of
+communication, and what CUDA itself takes (1 to 2 GB).
 """
 
 from __future__ import annotations
@@ -17,19 +17,71 @@ from qwen2audio_train.layout import num_audio_tokens, num_encoder_frames
 from qwen2audio_train.model.cost import Load, head_dim
 from qwen2audio_train.model.loss import chunk_rows
 
-ADAM_BYTES = {"mixed": 12, "float32": 8}
-"""Optimiser bytes per trained value: two moments in float32, and a float32 copy of weights that are bfloat16."""
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of what is stored and computed.
+
+    Attributes:
+        weight: bytes of a weight and of its gradient.
+        stream: bytes of a value of the residual stream.
+        matmul: bytes of a value that goes into a linear layer or comes out of one.
+        text_norms: bytes per unit of width that the two RMS norms of a decoder layer keep for themselves and for the
+            linear layers behind them: input in float32, value before its weight, value behind it. Under autocast every
+            linear layer (three behind the first norm, two behind the second) keeps a bfloat16 copy of its own.
+        audio_norms: the same for the two layer norms of an encoder layer, which keep input and output.
+    """
+
+    weight: int
+    stream: int
+    matmul: int
+    text_norms: int
+    audio_norms: int
+
+
+PRECISIONS = {
+    "float32": Precision(4, 4, 4, text_norms=2 * (4 + 4 + 4), audio_norms=2 * (4 + 4)),
+    "bfloat16": Precision(2, 2, 2, text_norms=2 * (4 + 2 + 2), audio_norms=2 * (2 + 2)),
+    "autocast": Precision(4, 4, 2, text_norms=2 * (4 + 4) + 5 * 2, audio_norms=2 * 4 + 4 * 2),
+}
+"""float32 weights computed in float32, bfloat16 ones in bfloat16, float32 ones in bfloat16 (`trainer.bf16`)."""
+
+OPTIMIZER_STATES = {
+    "adamw_torch": (0, 2),
+    "adamw_torch_fused": (0, 2),
+    "adamw_bf16_kahan": (0, 3),
+    "adamw_bf16_stochastic": (0, 2),
+    "adamw_bnb_8bit": (2 * (1 + 4 / 256), 0),
+    "paged_adamw_8bit": (2 * (1 + 4 / 256), 0),
+    "adafactor": (0, 0),
+    "sgd": (0, 0),
+}
+"""State per trained value: bytes, and further values of the weight's own type. The 8-bit ones have a float32 scale for
+every 256 values. What Adafactor keeps of a matrix, a row and a column, is left out."""
+
+ADAPTER_BYTES = 4
+"""Adapters are trained in float32."""
+
+
+def optimizer_bytes(optim: str, weight_bytes: int, *, float32_copy: bool = False) -> float:
+    """Optimiser bytes per trained value, with a float32 copy of its weight where DeepSpeed keeps one."""
+    fixed, values = OPTIMIZER_STATES[optim]
+    return fixed + values * (4 if float32_copy else weight_bytes) + 4 * float32_copy
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the end of forward, which is where the peak lies."""
+    """Bytes on one GPU at the end of a forward that finds gradients of an earlier one, which is where the peak lies.
+
+    `host` is what was moved to the host, and not part of the total.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     head: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -47,7 +99,11 @@ def step_memory(
     checkpointed: Collection[str] = (),
     stage: int = 0,
     ranks: int = 1,
-    weight_bytes: int = 2,
+    precision: str = "bfloat16",
+    state_bytes: float = 12,
+    copies: int = 1,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
 ) -> Memory:
     """Memory of a training step.
 
@@ -58,22 +114,40 @@ def step_memory(
         adapter_parameters: size of the low-rank adapters, all of them; `adapted`: the parts that they lie in.
         checkpointed: parts whose layers recompute their activations.
         stage, ranks: of ZeRO.
-        weight_bytes: 2 for bfloat16 weights with a float32 copy in the optimiser, 4 for float32 ones.
+        precision: a key of `PRECISIONS`.
+        state_bytes: of `optimizer_bytes`; the default is AdamW's under DeepSpeed in bfloat16.
+        copies: of the weights; two with a frozen reference model.
+        offload_optimizer, offload_parameters: what lies on the host.
     """
-    learned = sum(parameters[part] for part in trained) + adapter_parameters
-    adam = ADAM_BYTES["mixed" if weight_bytes == 2 else "float32"]
-    flows = set(trained) | set(adapted)
+    size = PRECISIONS[precision]
+    learned, flows = sum(parameters[part] for part in trained), set(trained) | set(adapted)
+    weights = float(size.weight * sum(parameters.values()) * copies + ADAPTER_BYTES * adapter_parameters)
+    weights /= ranks if stage >= 3 else 1
+    optimizer = state_bytes * learned + 2 * ADAPTER_BYTES * adapter_parameters
+    optimizer /= ranks if stage >= 1 else 1
+    # Autocast casts a weight once per forward, and backward wants the copy again.
+    casts = 2 * sum(parameters[part] for part in flows & LINEAR_PARTS) if precision == "autocast" else 0
     return Memory(
-        weights=weight_bytes * (sum(parameters.values()) + adapter_parameters) / (ranks if stage >= 3 else 1),
-        gradients=weight_bytes * learned / (ranks if stage >= 2 else 1),
-        optimizer=adam * learned / (ranks if stage >= 1 else 1),
-        activations=activation_bytes(config, load, flows=flows, checkpointed=checkpointed),
-        head=head_bytes(config, load.labels, trained="lm_head" in trained),
+        weights=casts + (0 if offload_parameters else weights),
+        gradients=(size.weight * learned + ADAPTER_BYTES * adapter_parameters) / (ranks if stage >= 2 else 1),
+        optimizer=0 if offload_optimizer else optimizer,
+        activations=activation_bytes(config, load, flows=flows, checkpointed=checkpointed, precision=precision),
+        head=head_bytes(config, load.labels, trained="lm_head" in trained, precision=precision),
+        host=optimizer * offload_optimizer + weights * offload_parameters,
     )
 
 
+LINEAR_PARTS = {"audio_tower", "multi_modal_projector", "language_model", "lm_head"}
+"""Parts whose weights are factors of matrix products, nearly all of them."""
+
+
 def activation_bytes(
-    config: Qwen2AudioConfig, load: Load, *, flows: Collection[str], checkpointed: Collection[str]
+    config: Qwen2AudioConfig,
+    load: Load,
+    *,
+    flows: Collection[str],
+    checkpointed: Collection[str],
+    precision: str = "bfloat16",
 ) -> int:
     """Bytes that backward needs of forward.
 
@@ -82,46 +156,53 @@ def activation_bytes(
     """
     audio: Any = config.audio_config
     text: Any = config.text_config
+    stream = PRECISIONS[precision].stream
     frames = sum(num_encoder_frames(f) for f in load.clip_frames)
     tower = 0
     if "audio_tower" in flows:
-        layer = 2 * audio.d_model if "audio_tower" in checkpointed else encoder_layer_bytes(audio)
-        one_layer = encoder_layer_bytes(audio) if "audio_tower" in checkpointed else 0
-        tower = frames * (audio.encoder_layers * layer + one_layer) + convolution_bytes(audio, sum(load.clip_frames))
-    layer = 2 * text.hidden_size if "language_model" in checkpointed else decoder_layer_bytes(text)
-    one_layer = decoder_layer_bytes(text) if "language_model" in checkpointed else 0
-    merged = 2 * text.hidden_size * (load.tokens + sum(num_audio_tokens(f) for f in load.clip_frames))
-    return int(tower + merged + load.tokens * (text.num_hidden_layers * layer + one_layer))
+        whole, kept = encoder_layer_bytes(audio, precision), stream * audio.d_model
+        recomputed = "audio_tower" in checkpointed
+        layers = audio.encoder_layers * kept + whole if recomputed else audio.encoder_layers * whole
+        tower = frames * layers + convolution_bytes(audio, sum(load.clip_frames), precision)
+    whole, kept = decoder_layer_bytes(text, precision), stream * text.hidden_size
+    recomputed = "language_model" in checkpointed
+    layers = text.num_hidden_layers * kept + whole if recomputed else text.num_hidden_layers * whole
+    merged = stream * text.hidden_size * (load.tokens + sum(num_audio_tokens(f) for f in load.clip_frames))
+    return int(tower + merged + load.tokens * layers)
 
 
-def encoder_layer_bytes(audio: Any) -> int:
+def encoder_layer_bytes(audio: Any, precision: str = "bfloat16") -> int:
     """Bytes that one encoder layer keeps of one encoder frame (20 ms).
 
-    Of width d: the inputs and outputs of both norms, query, key, value and the attention's output, the last one twice
-    (9 d); and the feed-forward part's two inner values.
+    Of width d: what both norms keep; query, key, value and the attention's output, the last one twice (5 d); and the
+    feed-forward part's two inner values.
     """
-    return int(2 * (9 * audio.d_model + 2 * audio.encoder_ffn_dim))
+    size = PRECISIONS[precision]
+    return int(size.audio_norms * audio.d_model + size.matmul * (5 * audio.d_model + 2 * audio.encoder_ffn_dim))
 
 
-def convolution_bytes(audio: Any, frames: int) -> int:
+def convolution_bytes(audio: Any, frames: int, precision: str = "bfloat16") -> int:
     """Bytes that both convolutions keep of `frames` mel frames: inputs and what the activations need."""
-    return int(frames * 2 * (audio.num_mel_bins + 2 * audio.d_model + audio.d_model // 2))
+    values = audio.num_mel_bins + 2 * audio.d_model + audio.d_model // 2
+    return int(frames * PRECISIONS[precision].matmul * values)
 
 
-def decoder_layer_bytes(text: Any) -> int:
+def decoder_layer_bytes(text: Any, precision: str = "bfloat16") -> int:
     """Bytes that one decoder layer keeps of one token.
 
-    Of width d: each of the two norms its input in float32 and its output before and after the weight, and of the heads
-    query, key, value and the attention's output; of the feed-forward part gate, activation, up and product.
+    What both norms keep; of the heads query, key, value and the attention's output; of the feed-forward part gate,
+    activation, up and product.
     """
-    width = head_dim(text)
-    heads = 2 * (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * width
-    return int(2 * (4 + 2 + 2) * text.hidden_size + heads + 2 * 4 * text.intermediate_size)
+    size = PRECISIONS[precision]
+    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
+    return int(size.text_norms * text.hidden_size + size.matmul * (heads + 4 * text.intermediate_size))
 
 
-def head_bytes(config: Qwen2AudioConfig, labels: int, *, trained: bool) -> int:
-    """Bytes of the scoring of labels: one chunk of logits in bfloat16 and float32, and both gradients."""
+def head_bytes(config: Qwen2AudioConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:
+    """Bytes of the scoring of labels: one chunk of logits, in float32 too, their gradient, and both gradients of it."""
     text: Any = config.text_config
+    matmul = PRECISIONS[precision].matmul
     rows = min(labels, chunk_rows(text.vocab_size))
+    chunk = rows * text.vocab_size * (4 if matmul == 4 else 4 + 2 * matmul)
     gradients = labels * text.hidden_size + (text.hidden_size * text.vocab_size if trained else 0)
-    return int(rows * text.vocab_size * (2 + 4 + 2) + 2 * gradients)
+    return int(chunk + matmul * gradients)

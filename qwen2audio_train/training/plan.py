@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 from qwen2audio_train.config import DeepSpeedConfig, StageConfig
+from qwen2audio_train.config_data import SourceConfig
 from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifest import parse_manifest
 from qwen2audio_train.data.record import ManifestError
@@ -23,58 +26,128 @@ CHARACTERS_PER_TOKEN = 4.0
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def print_plan(config: StageConfig) -> None:
-    """Print parameters, data, steps and checkpoint size of a stage; estimates are marked with ~."""
+@dataclass(frozen=True)
+class Counts:
+    """What the manifests of a source hold; the text is that of the rendered examples."""
+
+    examples: int
+    audio_s: float
+    audio_tokens: int
+    prompt_characters: int
+    label_characters: int
+    bad_lines: int
+
+    def row(self) -> list[str]:
+        text = int((self.prompt_characters + self.label_characters) / CHARACTERS_PER_TOKEN)
+        hours = f"{self.audio_s / 3600:.2f}"
+        return [f"{self.examples:,}", hours, f"{self.audio_tokens:,}", f"{text:,}", f"{self.bad_lines:,}"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do, by its numbers and manifests.
+
+    Attributes:
+        parameters: per part, adapters left out.
+        trained: of these the ones that are trained; `adapter`: parameters of adapters, all of which are.
+        counts: per training source, None for one that is no local manifest, or is not there yet.
+    """
+
+    config: StageConfig
+    arguments: TrainingArguments
+    ranks: int
+    parameters: dict[str, int]
+    trained: dict[str, int]
+    adapter: dict[str, int]
+    counts: dict[str, Counts | None]
+    eval_counts: dict[str, Counts | None]
+
+
+def make_plan(config: StageConfig, ranks: int | None = None) -> Plan:
+    """Read what a recipe says and what its manifests hold; without weights and without a network."""
     # Without DeepSpeed, which would look for its ranks and cut up the model that is counted here.
     arguments = training_arguments(replace(config, deepspeed=DeepSpeedConfig()))
+    return Plan(
+        config,
+        arguments,
+        ranks or world_size(),
+        *parameter_counts(config),
+        counts_of(config.data.sources, config),
+        counts_of(config.data.eval_sources, config),
+    )
+
+
+def print_plan(config: StageConfig, ranks: int | None = None) -> Plan:
+    """Print parameters, data, steps and checkpoint size of a stage; estimates are marked with ~."""
+    plan = make_plan(config, ranks)
+    arguments = plan.arguments
     print(
         f"stage {config.stage.value}, run folder {config.run_dir}, start from {config.init_from or 'the model config'}"
     )
-    parameters = parameter_table(config)
-    print(aligned(["part", "parameters", "trainable"], parameters, right=(1, 2)))
+    print(aligned(["part", "parameters", "trainable"], parameter_table(plan), right=(1, 2)))
     head = ["source", "examples", "hours", "audio tokens", "~ text tokens", "bad lines"]
-    print(aligned(head, data_table(config), right=(1, 2, 3, 4, 5)))
-    forwards = forwards_per_step(config)
+    print(aligned(head, data_table(plan), right=(1, 2, 3, 4, 5)))
+    forwards = forwards_per_step(config, plan.ranks)
     budget = config.data.tokens_per_pack if config.data.samples_per_pack is None else None
     per_pack = f"{budget} tokens" if budget else f"{config.data.samples_per_pack} samples"
     print(
         f"{arguments.max_steps} steps of {config.data.packs_per_step} packs of at most {per_pack}; "
-        f"{world_size()} rank(s), {forwards} forward(s) each per step"
+        f"{plan.ranks} rank(s), {forwards} forward(s) each per step"
     )
-    total, trainable = (sum(int(row[column].replace(",", "")) for row in parameters) for column in (1, 2))
-    saved = trainable if config.adapter.kind.value != "none" else total
+    learned = sum(plan.trained.values()) + sum(plan.adapter.values())
+    saved = learned if config.adapter.kind.value != "none" else sum(plan.parameters.values())
     weights = saved * BYTES[config.model.dtype.value]
-    optimizer = 2 * 4 * trainable
-    print(f"checkpoint: weights {gib(weights)}, ~ optimizer {gib(optimizer)}; {arguments.save_total_limit} are kept")
+    print(
+        f"checkpoint: weights {gib(weights)}, ~ optimizer {gib(2 * 4 * learned)}; {arguments.save_total_limit} are kept"
+    )
+    return plan
 
 
-def parameter_table(config: StageConfig) -> list[list[str]]:
-    """Rows (part, parameters, trainable); an adapter's parameters count with the part that they adapt."""
+def parameter_counts(config: StageConfig) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Parameters, trained parameters and adapter parameters of each part."""
     model = build_meta_model(config.model)
     set_trainable(model, config.model.freeze)
+    own = {id(parameter) for parameter in model.parameters()}
     adapted = apply_adapter(model, config.adapter)
-    counts = {part: [0, 0] for part in PARTS}
+    total, trained, adapter = (dict.fromkeys(PARTS, 0) for _ in range(3))
     for name, parameter in adapted.named_parameters():
-        counts[part_of(name)][0] += parameter.numel()
-        counts[part_of(name)][1] += parameter.numel() * parameter.requires_grad
-    return [[part, f"{total:,}", f"{trained:,}"] for part, (total, trained) in counts.items()]
+        part, size = part_of(name), parameter.numel()
+        if id(parameter) not in own:
+            adapter[part] += size
+            continue
+        total[part] += size
+        trained[part] += size * parameter.requires_grad
+    return total, trained, adapter
 
 
-def data_table(config: StageConfig) -> list[list[str]]:
+def parameter_table(plan: Plan) -> list[list[str]]:
+    """Rows (part, parameters, trainable); an adapter's parameters count with the part that they adapt."""
+    rows = ((part, plan.parameters[part], plan.trained[part], plan.adapter[part]) for part in PARTS)
+    return [[part, f"{total + adapter:,}", f"{trained + adapter:,}"] for part, total, trained, adapter in rows]
+
+
+def data_table(plan: Plan) -> list[list[str]]:
     """Rows per source; a source that is no local manifest, or is not there yet, says so."""
     rows = []
-    for kind, sources in (("", config.data.sources), (" (held out)", config.data.eval_sources)):
-        for name, source in sources.items():
-            files = [Path(path) for path in source.path]
-            if not files or not all(path.is_file() and path.suffix == ".jsonl" for path in files):
-                rows.append([name + kind, "not read: no local manifest (yet)", "", "", "", ""])
-                continue
-            rows.append([name + kind, *manifest_counts(files, config)])
+    for kind, counts in (("", plan.counts), (" (held out)", plan.eval_counts)):
+        for name, found in counts.items():
+            missing = ["not read: no local manifest (yet)", "", "", "", ""]
+            rows.append([name + kind, *(found.row() if found else missing)])
     return rows
 
 
-def manifest_counts(files: list[Path], config: StageConfig) -> list[str]:
-    """Examples, hours, audio tokens, estimated text tokens and bad lines of some manifests."""
+def counts_of(sources: dict[str, SourceConfig], config: StageConfig) -> dict[str, Counts | None]:
+    """What each source holds, None for one that cannot be read here."""
+    found: dict[str, Counts | None] = {}
+    for name, source in sources.items():
+        files = [Path(path) for path in source.path]
+        local = bool(files) and all(path.is_file() and path.suffix == ".jsonl" for path in files)
+        found[name] = manifest_counts(files, config) if local else None
+    return found
+
+
+def manifest_counts(files: list[Path], config: StageConfig) -> Counts:
+    """Examples, audio, characters and bad lines of some manifests."""
     examples: list[Example] = []
     bad = 0
     for path in files:
@@ -85,13 +158,14 @@ def manifest_counts(files: list[Path], config: StageConfig) -> list[str]:
                 examples.append(item)
     durations = [clip.duration_s or 0.0 for example in examples for clip in clips_of(example)]
     audio = sum(num_clip_tokens(num_samples_of(duration)) for duration in durations if duration > 0)
-    characters = 0
+    characters = {True: 0, False: 0}
     for example in examples:
         rendered = render(example, prompt_style=config.data.prompt_style.value, seed=config.data.prompt_seed)
         pieces = (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch))
-        characters += sum(len(piece.text) for piece in pieces if isinstance(piece, Text))
-    text = int(characters / CHARACTERS_PER_TOKEN)
-    return [f"{len(examples):,}", f"{sum(durations) / 3600:.2f}", f"{audio:,}", f"{text:,}", f"{bad:,}"]
+        for piece in pieces:
+            if isinstance(piece, Text):
+                characters[piece.is_label] += len(piece.text)
+    return Counts(len(examples), sum(durations), audio, characters[False], characters[True], bad)
 
 
 def gib(size: float) -> str:

@@ -24,6 +24,7 @@ from qwen2audio_train.model.cost import (
     training_flops,
 )
 from qwen2audio_train.model.memory import (
+    PRECISIONS,
     activation_bytes,
     decoder_layer_bytes,
     encoder_layer_bytes,
@@ -73,11 +74,11 @@ def test_training_cost_and_speed_on_ten_second_clips(
     lora = sum(training_flops(seven_b, load, trained=(), adapted=["language_model"]).values())
     assert full / 10 == pytest.approx(1.47e12, rel=5e-3)
     assert lora / 10 == pytest.approx(0.93e12, rel=2e-2)
-    speed = throughput(load, full, gpu="measured H200", mfu=0.5, gpu_hour_price=4.0)
+    speed = throughput(load, full, gpu="measured H200", utilisation=0.5, gpu_hour_price=4.0)
     assert speed.audio_hours_per_hour == pytest.approx(269, rel=5e-3)
     assert speed.tokens_per_s == pytest.approx(8600, rel=5e-3)
     assert speed.price_per_audio_hour == pytest.approx(4.0 / 269, rel=5e-3)
-    eight = throughput(load, full, gpu="measured H200", mfu=0.5, gpus=8, gpu_hour_price=4.0)
+    eight = throughput(load, full, gpu="measured H200", utilisation=0.5, gpus=8, gpu_hour_price=4.0)
     assert eight.audio_hours_per_hour == pytest.approx(8 * speed.audio_hours_per_hour)
     assert eight.price_per_audio_hour == pytest.approx(speed.price_per_audio_hour)
 
@@ -164,8 +165,8 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert extra in (0, load.tokens * head_dim(config.text_config))
 
 
-def saved_bytes(model: PackedQwen2Audio, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes of the storages that autograd saves in forward, weights and inputs left out."""
+def saved_bytes(model: PackedQwen2Audio, batch: dict[str, torch.Tensor], autocast: bool = False) -> int:
+    """Bytes of the storages that autograd saves in forward, weights and inputs left out, their casts included."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {b.untyped_storage().data_ptr() for b in model.buffers()} | {
         t.untyped_storage().data_ptr() for t in batch.values()
@@ -178,15 +179,19 @@ def saved_bytes(model: PackedQwen2Audio, batch: dict[str, torch.Tensor]) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         out = model(**batch)
     size = sum(len(storage) for storage in kept.values())
     assert out.nll_sum is not None
     return size
 
 
+@pytest.mark.parametrize("precision", list(PRECISIONS))
 @pytest.mark.parametrize("checkpointed", [(), ("audio_tower", "language_model")])
-def test_activations_are_those_that_autograd_saves(checkpointed: tuple[str, ...]) -> None:
+def test_activations_are_those_that_autograd_saves(checkpointed: tuple[str, ...], precision: str) -> None:
     """Per layer, as the difference of two depths, so that what lies outside of the layers drops out."""
     rng = torch.Generator().manual_seed(0)
     # one clip in one segment: on CPU every further one makes attention keep its output twice
@@ -196,18 +201,27 @@ def test_activations_are_those_that_autograd_saves(checkpointed: tuple[str, ...]
     for audio_layers, text_layers in ((1, 1), (3, 1), (1, 3)):
         changes = {"audio__encoder_layers": audio_layers, "text__num_hidden_layers": text_layers}
         config = tiny_config(**changes, audio__d_model=64, text__hidden_size=128, text__intermediate_size=256)
-        model = PackedQwen2Audio(config).bfloat16().train()
+        model = PackedQwen2Audio(config).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
-        sizes[audio_layers, text_layers] = saved_bytes(model, batch)
+        sizes[audio_layers, text_layers] = saved_bytes(model, batch, precision == "autocast")
+        if precision == "autocast" and not checkpointed:
+            matrices = [p for part in (model.model.audio_tower, model.model.language_model) for p in matrices_of(part)]
+            sizes[audio_layers, text_layers] -= 2 * sum(matrix.numel() for matrix in matrices)
     encoder = (sizes[3, 1] - sizes[1, 1]) / 2 / frames
     decoder = (sizes[1, 3] - sizes[1, 1]) / 2 / batch["input_ids"].numel()
     if checkpointed:
-        assert encoder == pytest.approx(2 * 64, rel=0.02)
-        assert decoder == pytest.approx(2 * 128, rel=0.02)
+        stream = PRECISIONS[precision].stream
+        assert encoder == pytest.approx(stream * 64, rel=0.02)
+        assert decoder == pytest.approx(stream * 128, rel=0.02)
     else:
-        assert encoder == pytest.approx(encoder_layer_bytes(config.audio_config), rel=0.05)
-        assert decoder == pytest.approx(decoder_layer_bytes(config.text_config), rel=0.05)
+        assert encoder == pytest.approx(encoder_layer_bytes(config.audio_config, precision), rel=0.05)
+        assert decoder == pytest.approx(decoder_layer_bytes(config.text_config, precision), rel=0.05)
+
+
+def matrices_of(part: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights of the linear layers."""
+    return [module.weight for module in part.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def test_a_frozen_tower_keeps_nothing() -> None:
@@ -220,6 +234,6 @@ def test_a_frozen_tower_keeps_nothing() -> None:
 def test_unknown_gpu_and_impossible_share_are_refused() -> None:
     load = packed_load([100], [40], 5)
     with pytest.raises(ValueError, match="gpu V100 is unknown"):
-        throughput(load, 1e12, gpu="V100", mfu=0.4)
-    with pytest.raises(ValueError, match="mfu is 40"):
-        throughput(load, 1e12, gpu="H100", mfu=40)
+        throughput(load, 1e12, gpu="V100", utilisation=0.4)
+    with pytest.raises(ValueError, match="utilisation is 40"):
+        throughput(load, 1e12, gpu="H100", utilisation=40)

@@ -1,0 +1,68 @@
+"""What a stage would need and give, before anything is loaded, and the largest pack that fits a device.
+
+    python launch/plan.py sft model=qwen2_audio_7b_instruct adapter=lora trainer=lora_7b gpu=H100 gpu_hour_price=2.5
+    python launch/plan.py sft model=qwen2_audio_7b_instruct adapter=lora trainer=lora_7b mode=find_batch
+
+The first word is the stage; the keys are those of its recipe, and those of PlanOptions: gpu, gpus, gpu_hour_price,
+utilisation, clip_s, prompt_tokens, label_tokens, mode, limit_gib. `find_batch` takes real steps on random weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+import hydra
+from compose import RECIPES, USER_ERRORS, as_override, fail
+from data import given
+
+from qwen2audio_train.config import ConfigError, Stage, StageConfig, load_config, nearest
+from qwen2audio_train.training.find_batch import print_largest_pack
+from qwen2audio_train.training.forecast import PlanMode, PlanOptions, print_forecast
+from qwen2audio_train.training.plan import print_plan
+
+STAGES = [stage.value for stage in Stage if stage is not Stage.encoder]
+OWN = {field.name for field in fields(PlanOptions)}
+GROUPS = {path.name for path in RECIPES.iterdir() if path.is_dir()}
+KNOWN = OWN | GROUPS | {field.name for field in fields(StageConfig)}
+
+
+def parse(arguments: Sequence[str]) -> tuple[StageConfig, PlanOptions]:
+    """The checked config of a stage and the plan's own options.
+
+    Raises:
+        ConfigError: no such stage, a key that neither has, or what the schemas refuse.
+    """
+    stage, *pairs = arguments
+    if stage not in STAGES:
+        raise ConfigError(f"{stage}: no such stage; {nearest(stage, STAGES)}")
+    for pair in pairs:
+        key = pair.partition("=")[0].partition(".")[0]
+        if key not in KNOWN:
+            raise ConfigError(f"{key}: unknown key; {nearest(key, KNOWN)}")
+    own = [pair for pair in pairs if pair.partition("=")[0] in OWN]
+    with hydra.initialize_config_dir(str(RECIPES), version_base=None):
+        raw = hydra.compose(stage, [as_override(pair) for pair in pairs if pair not in own])
+    return load_config(raw, StageConfig), load_config(given(own), PlanOptions)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0, or 2 where the command line is wrong."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        config, options = parse(arguments)
+        plan = print_plan(config, options.gpus)
+        if options.mode is PlanMode.find_batch:
+            print_largest_pack(plan, options)
+        else:
+            print_forecast(plan, options)
+    except USER_ERRORS as error:
+        fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
