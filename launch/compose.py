@@ -28,6 +28,7 @@ from qwen2audio_train.data.state import DataStateError
 from qwen2audio_train.training.chain import StageFailed
 from qwen2audio_train.training.checkpoint import CheckpointError
 from qwen2audio_train.training.reference_cache import ReferenceCacheError
+from qwen2audio_train.training.seams import Diverged
 
 USER_ERRORS = (
     AudioError,
@@ -35,6 +36,7 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     DataStateError,
+    Diverged,
     ExampleError,
     ManifestError,
     OSError,
@@ -118,6 +120,12 @@ def as_override(argument: str) -> str:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{argument}: expected key=value ({reason}); quote a value: {key}='\"...\"'") from error
     return f"++{argument}"
+
+
+def check_file(key: str, path: str) -> None:
+    """Raises ConfigError when the file that `key` names is not there; better now than after the model is loaded."""
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}: no file {path!r} (looked in {Path.cwd()})")
 
 
 def fail(error: Exception) -> NoReturn:

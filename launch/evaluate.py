@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compose import launch
+from compose import check_file, launch
 
-from qwen2audio_train.config import EvaluateConfig
+from qwen2audio_train.config import ConfigError, EvaluateConfig
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifest import read_manifest
 from qwen2audio_train.data.sample import SampleOptions
@@ -16,6 +16,7 @@ from qwen2audio_train.training.stage import load_for_inference, process
 
 
 def main(config: EvaluateConfig) -> None:
+    check_files(config)
     model, tokenizer, _ = load_for_inference(config.checkpoint, num_threads=config.num_threads)
     options = SampleOptions(num_mel_bins=model.config.audio_config.num_mel_bins)
     decoding = Decoding(max_new_tokens=config.max_new_tokens, tokens_per_batch=config.tokens_per_batch)
@@ -35,6 +36,18 @@ def main(config: EvaluateConfig) -> None:
         print(table(result.rows))
         for audio, pair in pairs.items():
             print(f"pair accuracy with {audio} audio: {pair.accuracy.value:.1%} of {pair.accuracy.n}")
+
+
+def check_files(config: EvaluateConfig) -> None:
+    """Raises ConfigError when there is nothing to score, or one of the manifests is not there."""
+    if not config.manifests and config.pairs is None:
+        raise ConfigError("manifests: empty; name what to score: manifests.NAME=FILE, or pairs=FILE")
+    for name, path in config.manifests.items():
+        check_file(f"manifests.{name}", path)
+    for path in config.train_manifests:
+        check_file("train_manifests", path)
+    if config.pairs is not None:
+        check_file("pairs", config.pairs)
 
 
 def some_of_each(examples: list[Example], count: int) -> list[Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compose import fail, launch
+from compose import check_file, fail, launch
 
 from qwen2audio_train.config import ConfigError, ExportConfig
 from qwen2audio_train.data.manifest import read_manifest
@@ -11,6 +11,8 @@ from qwen2audio_train.training.stage import load_for_inference
 
 
 def main(config: ExportConfig) -> None:
+    if config.check_manifest is not None:
+        check_file("check_manifest", config.check_manifest)
     model, tokenizer, base = load_for_inference(
         config.checkpoint, num_threads=config.num_threads, dtype=config.dtype, merge=config.merge
     )

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qwen2audio_train.combinations import refusal
 from qwen2audio_train.config_check import at_least, misfits, missing, out_of_bounds
 from qwen2audio_train.config_check import nearest as nearest
-from qwen2audio_train.config_data import DataConfig
+from qwen2audio_train.config_data import MAX_SEED, DataConfig
 
 
 class ConfigError(ValueError):
@@ -186,10 +186,10 @@ class PreferenceConfig:
     objective: Objective = Objective.dpo
     reference: Reference = Reference.auto
     cache_dir: str = "data_cache/reference"
-    probe_examples: int = 0
+    probe_examples: int = at_least(0, 0)
     watch: str = "eval_rewards/accuracies"
     watch_lower: bool = False
-    patience: int = 0
+    patience: int = at_least(0, 0)
 
 
 @dataclass
@@ -211,7 +211,7 @@ class StageConfig:
     stage: Stage = MISSING
     name: str = MISSING
     run_dir: str = "runs/${name}"
-    seed: int = 0
+    seed: int = at_least(0, 0, MAX_SEED)
     init_from: str | None = None
     resume: str = "auto"
     dry_run: bool = False
@@ -244,7 +244,7 @@ class EvaluateConfig:
     pairs: str | None = None
     train_manifests: list[str] = field(default_factory=list)
     output_dir: str = MISSING
-    seed: int = 0
+    seed: int = at_least(0, 0, MAX_SEED)
     max_examples: int = at_least(0, 0)
     max_new_tokens: int = at_least(1, 256)
     tokens_per_batch: int = at_least(1, 8192)
@@ -268,8 +268,8 @@ class ExportConfig:
     merge: bool = True
     dtype: Dtype = Dtype.float32
     check_manifest: str | None = None
-    check_examples: int = 8
-    num_threads: int = 0
+    check_examples: int = at_least(1, 8)
+    num_threads: int = at_least(0, 0)
 
 
 @dataclass
@@ -289,7 +289,7 @@ class RecipeConfig:
     name: str = MISSING
     run_dir: str = "runs/${name}"
     nproc_per_node: int = at_least(1, 1)
-    seed: int = 0
+    seed: int = at_least(0, 0, MAX_SEED)
     dry_run: bool = False
     overrides: list[str] = field(default_factory=list)
     evaluate: list[str] = field(default_factory=list)

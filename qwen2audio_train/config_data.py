@@ -7,6 +7,9 @@ from enum import Enum, StrEnum
 
 from qwen2audio_train.config_check import at_least
 
+MAX_SEED = 2**32 - 1
+"""The largest that numpy's generators take."""
+
 
 class SourceFormat(StrEnum):
     """How a source is stored; `auto` looks at the path."""
@@ -93,7 +96,7 @@ class GroupConfig:
     """A group of sources that shares one weight; its sources divide it among themselves."""
 
     weight: float | None = at_least(0, None)
-    temperature: float = 1.0
+    temperature: float = at_least(0.01, 1.0)
 
 
 @dataclass
@@ -102,15 +105,15 @@ class AugmentConfig:
 
     spec_augment: float = at_least(0, 0.0, 1)
     """Probability of SpecAugment with the bounds below (defaults: LibriSpeech Basic of arXiv:1904.08779)."""
-    time_warp: int = 80
-    freq_mask_bins: int = 27
-    num_freq_masks: int = 1
-    time_mask_frames: int = 100
-    num_time_masks: int = 1
-    time_mask_share: float = 1.0
+    time_warp: int = at_least(0, 80)
+    freq_mask_bins: int = at_least(0, 27)
+    num_freq_masks: int = at_least(0, 1)
+    time_mask_frames: int = at_least(0, 100)
+    num_time_masks: int = at_least(0, 1)
+    time_mask_share: float = at_least(0, 1.0, 1)
     """Longest time mask as a share of the clip (p of the paper)."""
     speed: float = at_least(0, 0.0, 1)
-    speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.1])
+    speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.1], metadata={"least": 0.1, "most": 10})
     gain: float = at_least(0, 0.0, 1)
     gain_db: list[float] = field(default_factory=lambda: [-6.0, 6.0])
     """Lowest and highest gain in decibel."""
@@ -119,7 +122,7 @@ class AugmentConfig:
     """Audio files, or manifests (.jsonl) whose lines have an `audio`."""
     noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 20.0])
     reverb: float = at_least(0, 0.0, 1)
-    reverb_rt60_s: list[float] = field(default_factory=lambda: [0.1, 0.6])
+    reverb_rt60_s: list[float] = field(default_factory=lambda: [0.1, 0.6], metadata={"least": 0.01})
     """Shortest and longest reverberation time in seconds."""
 
     def changing(self) -> list[str]:
@@ -133,7 +136,7 @@ class SelfmadeConfig:
 
     variant: str = ""
     folder: str = "data_cache/selfmade/${.variant}"
-    seed: int = 0
+    seed: int = at_least(0, 0, MAX_SEED)
 
 
 @dataclass
@@ -143,10 +146,10 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     eval_sources: dict[str, SourceConfig] = field(default_factory=dict)
     groups: dict[str, GroupConfig] = field(default_factory=dict)
-    temperature: float = 1.0
+    temperature: float = at_least(0.01, 1.0)
     """Flattens the weights on the top level: p ~ weight ** (1 / temperature)."""
     order: Order = Order.shuffled
-    seed: int = 0
+    seed: int = at_least(0, 0, MAX_SEED)
     tokens_per_pack: int = at_least(1, 8192)
     """Most audio + text tokens of a pack (a slot of the step)."""
     samples_per_pack: int | None = at_least(1, None)
@@ -160,7 +163,7 @@ class DataConfig:
     max_tokens_per_example: int | None = at_least(1, None)
     """Longer examples are left out and counted; unset = `tokens_per_pack`."""
     prompt_style: PromptStyle = PromptStyle.natural
-    prompt_seed: int = 0
+    prompt_seed: int = at_least(0, 0, MAX_SEED)
     loss_weighting: LossWeighting = LossWeighting.token
     labelled_turns: LabelledTurns = LabelledTurns.all
     long_audio: LongAudio = LongAudio.split
@@ -175,7 +178,7 @@ class DataConfig:
     network_timeout_s: float = at_least(0, 30.0)
     cache_dir: str = "data_cache"
     """Indexes and copies of remote shards."""
-    cache_max_gib: float = 64.0
+    cache_max_gib: float = at_least(0, 64.0)
     """Bound of the shard copies; the least recently used go first."""
     on_changed_data: OnChangedData = OnChangedData.refuse
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase, Qwen2AudioConfig
+from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase, Qwen2AudioConfig
 from transformers.models.whisper.modeling_whisper import sinusoids
 
-from qwen2audio_train.config import ConfigError, ModelConfig, ModelKind
+from qwen2audio_train.config import ConfigError, ModelConfig, ModelKind, nearest
 from qwen2audio_train.layout import AUDIO_TOKEN, END_OF_TEXT_TOKEN, IM_END_TOKEN, SPECIAL_TOKENS
 from qwen2audio_train.model.assemble import assemble
 from qwen2audio_train.model.freeze import PARTS, part_of
@@ -61,6 +64,8 @@ def _load(path: str, dtype: torch.dtype, quantize: bool) -> PackedQwen2Audio:
     model_type = AutoConfig.from_pretrained(path).model_type
     if model_type != Qwen2AudioConfig.model_type:
         raise ConfigError(f"{path} holds a model of type {model_type}, expected {Qwen2AudioConfig.model_type}")
+    if quantize and find_spec("bitsandbytes") is None:
+        raise ConfigError("adapter.kind=qlora: needs the package bitsandbytes, which is not installed")
     options = {"quantization_config": quantization_config(dtype)} if quantize else {}
     load: Any = PackedQwen2Audio.from_pretrained
     model, report = load(path, dtype=dtype, output_loading_info=True, **options)
@@ -101,7 +106,7 @@ def architecture_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | N
     """Config from the numbers in `cfg.architecture`; the vocabulary is the tokenizer's, if there is one.
 
     Raises:
-        ConfigError: an unknown key, or widths that the heads do not divide.
+        ConfigError: an unknown key, a number of the wrong type, or widths that the heads do not divide.
     """
     numbers = copy.deepcopy(cfg.architecture)
     unknown = set(numbers) - {"audio_config", "text_config", "audio_token_index"}
@@ -110,13 +115,18 @@ def architecture_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | N
             f"model.architecture: unknown {sorted(unknown)}; known are audio_config, text_config, audio_token_index"
         )
     audio, text = numbers.get("audio_config", {}), numbers.get("text_config", {})
+    for part, keys, model_type in (("audio_config", audio, "qwen2_audio_encoder"), ("text_config", text, "qwen2")):
+        _check_keys(f"model.architecture.{part}", keys, model_type)
     audio.setdefault("num_mel_bins", cfg.num_mel_bins)
     if cfg.kind is ModelKind.tiny:
         text.setdefault("vocab_size", cfg.vocab_size)
     if tokenizer is not None:
         text |= {"vocab_size": len(tokenizer), **special_ids(tokenizer)}
         numbers["audio_token_index"] = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-    config = Qwen2AudioConfig(**{**numbers, "audio_config": audio, "text_config": text})
+    try:
+        config = Qwen2AudioConfig(**{**numbers, "audio_config": audio, "text_config": text})
+    except StrictDataclassError as error:
+        raise ConfigError(f"model.architecture: {str(error).splitlines()[-1].strip()}") from error
     for part, whole, share in (
         ("audio_config", "d_model", "encoder_attention_heads"),
         ("text_config", "num_attention_heads", "num_key_value_heads"),
@@ -126,6 +136,16 @@ def architecture_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | N
         if size % divisor:
             raise ConfigError(f"model.architecture.{part}: {whole} {size} is no multiple of {share} {divisor}")
     return config
+
+
+def _check_keys(path: str, given: dict[str, Any], model_type: str) -> None:
+    """Refuse what transformers would take for an attribute of its own and never look at."""
+    model_type = given.get("model_type", model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"{path}.model_type: {model_type!r} is unknown to transformers")
+    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])} | {"model_type", "rope_theta"}
+    for key in given.keys() - known:
+        raise ConfigError(f"{path}.{key}: unknown key; {nearest(key, known, f'{path}.')}")
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ whole optimiser step, and a checkpoint is the folder of `checkpoint.py`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,10 @@ class Meter:
     started: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
     counts: StepCounts = field(default_factory=StepCounts)
+
+
+class Diverged(RuntimeError):
+    """Training went beyond what numbers can hold."""
 
 
 class PackedSeams(Trainer):
@@ -168,7 +173,16 @@ class PackedSeams(Trainer):
     # Log --------------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add throughput and the loader's own figures to a training log line."""
+        """Add throughput and the loader's own figures to a training log line.
+
+        Raises:
+            Diverged: the loss is no longer a number.
+        """
+        if not math.isfinite(loss := logs.get("loss", logs.get("train_loss", 0.0))):
+            raise Diverged(
+                f"the loss is {loss} at step {self.state.global_step}, and so are the weights; no checkpoint is made "
+                "of them. Start again, or go on from the last one, with a lower trainer.learning_rate"
+            )
         if "loss" in logs:
             elapsed = max(time.perf_counter() - self.meter.started, 1e-9)
             logs["tokens_per_s"] = round(self.meter.counts.tokens / elapsed, 1)

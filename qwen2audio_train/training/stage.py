@@ -175,7 +175,8 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
     base = base_of(start) if start else None
     random_weights = base is None and config.model.kind is not ModelKind.released
     with kept_whole() if random_weights else nullcontext():
-        model = build_model(_resolved(config.model), base, tokenizer=tokenizer)
+        quantize = config.adapter.kind is AdapterKind.qlora
+        model = build_model(_resolved(config.model), base, tokenizer=tokenizer, quantize=quantize)
     set_trainable(model, config.model.freeze)
     adapted: Any
     if start is not None and base != start:
@@ -188,6 +189,8 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
             set_trainable(adapted, config.model.freeze)
     else:
         adapted = apply_adapter(model, config.adapter, autocast_adapter_dtype=config.deepspeed.stage != 3)
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ConfigError("model.freeze: every part is frozen and there is no adapter, so there is nothing to train")
     set_activation_checkpointing(adapted, config.model.activation_checkpointing, use_reentrant=False)
     attach_encoder_cache(unwrap(adapted), config, process().num_processes)
     if config.model.compile:

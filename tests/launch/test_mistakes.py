@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2audio_train.config import PARTS
 from tests.launch.scripts import SCHEMAS, script
 from tests.runs import ARCHITECTURE
 
@@ -119,6 +120,16 @@ WRONG = [
         ["optimizer.learning_rates.lm_head=1", "model.freeze.lm_head=true"],
         "optimizer.learning_rates: lm_head has no",
     ),
+    (
+        "pretrain",
+        [f"model.freeze.{part}=true" for part in PARTS],
+        "model.freeze: every part is frozen and there is no adapter, so there is nothing to train",
+    ),
+    ("pretrain", ["adapter=qlora"], "adapter.kind: qlora quantises saved weights"),
+    ("evaluate", ["checkpoint=HERE", "output_dir=HERE/out"], "manifests: empty; name what to score: manifests.NAME="),
+    ("evaluate", ["checkpoint=HERE", "manifests.a=HERE/no.jsonl"], "manifests.a: no file 'HERE/no.jsonl'"),
+    ("evaluate", ["checkpoint=HERE", "manifests.a=NOISE/speech.jsonl", "pairs=no"], "pairs: no file 'no'"),
+    ("export", ["checkpoint=HERE", "output_dir=HERE/out", "check_manifest=no"], "check_manifest: no file 'no'"),
     ("pretrain", ["adapter=lora", "adapter.modules=[]"], "adapter.modules: empty, expected some of"),
     ("evaluate", ["checkpoint=HERE", "manifests.a=NOISE/speech.jsonl"], "HERE: no weights here; expected config.json"),
     ("export", ["checkpoint=HERE/nothing", "output_dir=HERE/out"], "HERE/nothing: no such folder"),

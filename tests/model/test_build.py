@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.whisper.modeling_whisper import sinusoids
 
-from qwen2audio_train.config import Dtype, ModelConfig, ModelKind
+from qwen2audio_train.config import ConfigError, Dtype, ModelConfig, ModelKind
 from qwen2audio_train.layout import AUDIO_TOKEN, IM_END_TOKEN
 from qwen2audio_train.model.build import add_special_tokens, build_meta_model, build_model, parameter_counts
 from tests.model.rows import tiny_config
@@ -126,6 +127,26 @@ def test_unknown_numbers_of_an_architecture_are_refused() -> None:
     cfg = tiny()
     cfg.architecture["audio"] = {}
     with pytest.raises(ValueError, match=r"model\.architecture: unknown \['audio'\]"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        (
+            "hiden_size",
+            64,
+            r"text_config\.hiden_size: unknown key; did you mean .*\.text_config\.hidden_size\?",
+        ),
+        ("hidden_size", "wide", r"model\.architecture: .*'hidden_size' expected int, got str"),
+        ("num_hidden_layers", -1, r"model\.architecture: .*num_hidden_layers"),
+        ("model_type", "qwen7", r"text_config\.model_type: 'qwen7' is unknown to transformers"),
+    ],
+)
+def test_wrong_numbers_of_an_architecture_are_refused(key: str, value: Any, says: str) -> None:
+    cfg = tiny()
+    cfg.architecture["text_config"][key] = value
+    with pytest.raises(ConfigError, match=says):
         build_model(cfg)
 
 
