@@ -90,7 +90,7 @@ def run_stats(options: IndexOptions) -> int:
 
 
 def run_shard(options: ShardOptions) -> int:
-    result = write_shards(options, progress=sys.stderr.isatty())
+    result = write_shards(options)
     for bad in result.bad[:20]:
         print(f"{bad.example}: {bad.reason}", file=sys.stderr)
     size = result.num_bytes / 2**20
@@ -123,7 +123,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0, 1 where the data has errors, 2 where the command line has."""
+    """Exit status: 0, 1 where the data has errors, 2 where the command line has, 130 after Ctrl-C."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
@@ -136,6 +136,9 @@ def main(arguments: Sequence[str]) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; convert, check, index and shard go on from here the next time", file=sys.stderr)
+        return 130
 
 
 def given(arguments: Sequence[str]) -> Any:

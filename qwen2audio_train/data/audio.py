@@ -2,7 +2,7 @@
 
 A compressed file of two megabytes can hold ten hours of silence, so what a header announces is checked against
 `AudioLimits` before a single sample is decoded. Paths are local files, members of tar files (`shard.tar::a.flac`, read
-in place by offset), or URLs that fsspec understands.
+in place by offset), or URLs that fsspec understands. libsndfile reads WAV, FLAC, OGG and MP3, `media` the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import soundfile
@@ -18,11 +18,14 @@ import soxr
 
 from qwen2audio_train.data.blobs import BlobError
 from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.media import MediaError, MediaFile, is_media
 from qwen2audio_train.data.remote import Remote
 from qwen2audio_train.layout import MIN_FRAMES, SAMPLING_RATE, num_frames
 
 END_TOLERANCE_S = 0.05
 """A slice may end this much beyond its file: durations in manifests are rounded."""
+
+AudioFile: TypeAlias = soundfile.SoundFile | MediaFile
 
 
 class AudioError(ValueError):
@@ -41,6 +44,8 @@ class AudioLimits:
     """What is decoded at most: the length applies to the clip (the slice), not to the file that it is cut from."""
 
     max_duration_s: float = 1800.0
+    max_samples: int = 2**28
+    """Of all channels, at the file's rate: 1 GiB as they are decoded."""
     max_channels: int = 16
     min_sampling_rate: int = 2_000
     max_sampling_rate: int = 384_000
@@ -60,7 +65,7 @@ class AudioInfo:
 
 def probe(path: str, data: bytes | None = None, limits: AudioLimits = AudioLimits()) -> AudioInfo:
     """Length, rate and channels of a file (or of its `data`) from the header. Raises AudioError."""
-    with _opened(path, data, limits) as file:
+    with open_audio(path, data, limits) as file:
         return AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels, file.frames)
 
 
@@ -68,18 +73,16 @@ def load_audio(
     clip: Clip,
     data: bytes | None = None,
     limits: AudioLimits = AudioLimits(),
-    channel: int | Literal["mean"] = "mean",
 ) -> np.ndarray:
-    """Samples of a clip: (n,) float32, mono, 16 kHz.
+    """Samples of a clip: (n,) float32, 16 kHz, the clip's channel or the mean of all.
 
     Args:
         data: the file's bytes, where a reader already holds them; `clip.path` then only names them in errors.
-        channel: mean of the channels, or the index of one.
 
     Raises:
         AudioError: not readable, out of bounds, shorter than an audio token, cut off, or not finite.
     """
-    with _opened(clip.path, data, limits) as file:
+    with open_audio(clip.path, data, limits) as file:
         rate = file.samplerate
         start, stop = _bounds(clip, file, limits)
         try:
@@ -88,23 +91,25 @@ def load_audio(
             samples = file.read(stop - start, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise AudioError(clip.path, f"cannot be decoded ({error})") from error
-    if len(samples) < stop - start:
+    # an encoder's last block is not always whole, and headers of media count it so
+    missing_s = (stop - start - len(samples)) / rate
+    if missing_s > (END_TOLERANCE_S if isinstance(file, MediaFile) else 0):
         got, promised = (start + len(samples)) / rate, stop / rate
         raise AudioError(
             clip.path, f"ends after {got:.3f} s where its header promises {promised:.3f} s: is it cut off?"
         )
     if not np.isfinite(samples).all():
         raise AudioError(clip.path, "holds samples that are not finite (NaN or infinity)")
-    waveform = _resampled(_mono(samples, channel, clip.path), rate)
+    waveform = _resampled(_mono(samples, clip.channel, clip.path), rate)
     if num_frames(len(waveform)) < MIN_FRAMES:
         raise AudioError(clip.path, f"{len(waveform) / SAMPLING_RATE:.3f} s is too short for an audio token (0.04 s)")
     return waveform
 
 
-def _mono(samples: np.ndarray, channel: int | Literal["mean"], path: str) -> np.ndarray:
-    if channel == "mean":
+def _mono(samples: np.ndarray, channel: int | None, path: str) -> np.ndarray:
+    if channel is None:
         return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
-    if not 0 <= channel < samples.shape[1]:
+    if channel >= samples.shape[1]:
         raise AudioError(path, f"has {samples.shape[1]} channels, so there is no channel {channel} (counted from 0)")
     return samples[:, channel]
 
@@ -115,7 +120,7 @@ def _resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ")
 
 
-def _bounds(clip: Clip, file: soundfile.SoundFile, limits: AudioLimits) -> tuple[int, int]:
+def _bounds(clip: Clip, file: AudioFile, limits: AudioLimits) -> tuple[int, int]:
     """First and last sample of the slice, at the file's own rate."""
     rate, frames = file.samplerate, file.frames
     start = round(clip.start_s * rate)
@@ -129,20 +134,47 @@ def _bounds(clip: Clip, file: soundfile.SoundFile, limits: AudioLimits) -> tuple
             clip.path,
             f"{(stop - start) / rate:.1f} s is beyond the limit of {limits.max_duration_s:g} s; cut it into slices",
         )
+    if (stop - start) * file.channels > limits.max_samples:
+        found = f"{(stop - start) / rate:.1f} s of {file.channels} channels at {rate} Hz"
+        raise AudioError(clip.path, f"{found} are beyond the limit of {limits.max_samples} samples; cut it into slices")
     return start, stop
 
 
-def _opened(path: str, data: bytes | None, limits: AudioLimits) -> soundfile.SoundFile:
+def open_audio(path: str, data: bytes | None, limits: AudioLimits) -> AudioFile:
     """The open file, its header within the limits."""
     source: str | BinaryIO = io.BytesIO(data) if data is not None else _source(path, limits)
     try:
-        file = soundfile.SoundFile(source)
+        file: AudioFile = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError) as error:
         if isinstance(source, str) and not os.path.isfile(source):
             raise AudioError(path, "no such file") from error
+        if is_media(_head(source)):
+            return _opened_media(path, source, limits)
         raise AudioError(
             path, f"is no audio that libsndfile reads ({error}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
         ) from error
+    return _checked(file, path, limits)
+
+
+def _opened_media(path: str, source: str | BinaryIO, limits: AudioLimits) -> AudioFile:
+    try:
+        return _checked(MediaFile(source, limits.max_duration_s), path, limits)
+    except MediaError as error:
+        raise AudioError(path, str(error)) from error
+
+
+def _head(source: str | BinaryIO) -> bytes:
+    """The first bytes, which tell what a file is."""
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            return file.read(12)
+    source.seek(0)
+    head = source.read(12)
+    source.seek(0)
+    return head
+
+
+def _checked(file: AudioFile, path: str, limits: AudioLimits) -> AudioFile:
     try:
         _check_header(file, path, limits)
     except AudioError:
@@ -151,7 +183,7 @@ def _opened(path: str, data: bytes | None, limits: AudioLimits) -> soundfile.Sou
     return file
 
 
-def _check_header(file: soundfile.SoundFile, path: str, limits: AudioLimits) -> None:
+def _check_header(file: AudioFile, path: str, limits: AudioLimits) -> None:
     if file.frames <= 0:
         raise AudioError(path, "holds no samples")
     if file.frames >= 2**62:

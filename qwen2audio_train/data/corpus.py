@@ -12,10 +12,19 @@ from typing import Any
 
 from qwen2audio_train.config import ConfigError
 from qwen2audio_train.config_data import SourceConfig, SourceFormat
-from qwen2audio_train.data.hub import HubStream, arrow_files
+from qwen2audio_train.data.hub import HubStream, arrow_files, is_table
 from qwen2audio_train.data.mapping import check_columns, columns_of, map_row
 from qwen2audio_train.data.paths import expand_paths
-from qwen2audio_train.data.readers import Row, Rows, read_arrow, read_kaldi, read_lhotse, read_table, read_tar
+from qwen2audio_train.data.readers import (
+    Row,
+    Rows,
+    open_lines,
+    read_arrow,
+    read_kaldi,
+    read_lhotse,
+    read_table,
+    read_tar,
+)
 from qwen2audio_train.data.record import ManifestError
 from qwen2audio_train.data.remote import Remote
 
@@ -26,6 +35,7 @@ SPOKEN = {
     "start_s": "start_s",
     "end_s": "end_s",
     "duration_s": "duration_s",
+    "channel": "channel",
 }
 DEFAULT_COLUMNS: dict[SourceFormat, dict[str, str]] = {
     SourceFormat.manifest: {},
@@ -115,16 +125,21 @@ def open_corpus(name: str, source: SourceConfig, remote: Remote, key: str = "dat
 
     Raises:
         FileNotFoundError: a path that names nothing.
-        ConfigError: an unknown form; a column that the corpus does not have.
+        ConfigError: an unknown form; several data sets in one stream; a column that the corpus does not have.
     """
     where = f"{key}.{name}" if key else "input"
     kind, files, hub = source.format, list(source.path), None
-    if kind is not SourceFormat.huggingface:
+    if kind is SourceFormat.auto and source.split is not None:
+        kind = SourceFormat.huggingface
+    tables = all(map(is_table, files))
+    if kind is not SourceFormat.huggingface or tables:
         files = expand_paths(source.path, f"{where}.path")
         kind = detect_format(files[0], where) if kind is SourceFormat.auto else kind
     if kind is SourceFormat.huggingface:
         if source.streaming:
-            hub = HubStream(files[0], source.subset, source.split, source.revision)
+            if len(files) > 1 and not tables:
+                raise ConfigError(f"{where}.path: {len(files)} data sets in one stream; make each a source of its own")
+            hub = HubStream(files[0], source.subset, source.split, source.revision, tuple(files) if tables else ())
         else:
             files = [f for path in files for f in arrow_files(path, source.subset, source.split, source.revision)]
     columns = DEFAULT_COLUMNS[kind] | source.columns
@@ -141,7 +156,9 @@ def detect_format(path: str, where: str) -> SourceFormat:
     place = Path(path)
     if path.split("?")[0].endswith(".tar"):
         return SourceFormat.webdataset
-    if path.endswith(".jsonl.gz"):
+    if is_table(path):
+        return SourceFormat.huggingface
+    if "://" in path and path.endswith(".jsonl.gz"):
         return SourceFormat.lhotse
     if "://" in path or place.is_file():
         return SourceFormat.lhotse if _is_lhotse(place) else SourceFormat.manifest
@@ -164,9 +181,9 @@ def _with_members(value: Any, members: Mapping[str, str]) -> Any:
 
 def _is_lhotse(file: Path) -> bool:
     try:
-        with file.open("rb") as lines:
+        with open_lines(str(file)) as lines:
             first = json.loads(next(iter(lines), b"{}"))
-    except (OSError, ValueError):
+    except (EOFError, OSError, ValueError):
         return False
     return isinstance(first, dict) and "recording" in first and "supervisions" in first
 

@@ -9,12 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Clip:
-    """A piece of audio. `duration_s` is the length of the piece itself, so end_s - start_s where both are given."""
+    """A piece of audio. `duration_s` is the length of the piece itself, so end_s - start_s where both are given.
+
+    `channel` counts from 0; None is the mean of all channels.
+    """
 
     path: str
     duration_s: float | None
     start_s: float = 0.0
     end_s: float | None = None
+    channel: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2audio_train.config import ConfigError
+from qwen2audio_train.data.readers import TABLES, class_names, name_classes
 
 KINDS = (("parquet", "**/*.parquet"), ("arrow", "**/*.arrow"), ("json", "**/*.jsonl"))
 """Builders of `datasets` for a local folder, and the files that it is told by."""
@@ -18,12 +19,13 @@ KINDS = (("parquet", "**/*.parquet"), ("arrow", "**/*.arrow"), ("json", "**/*.js
 
 @dataclass(frozen=True)
 class HubStream:
-    """A data set that is read front to back, shard by shard, without a copy on disk."""
+    """A data set that is read front to back, shard by shard, without a copy on disk; or `files` of one."""
 
     path: str
     subset: str | None
     split: str | None
     revision: str | None
+    files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -36,9 +38,12 @@ class HubStream:
     def rows(self, shard: int, audio: str) -> Iterator[tuple[dict[str, Any], tuple[bytes | None, ...] | None]]:
         """The rows of a shard with the bytes of the audio; the column `audio` becomes the path that stands beside them.
 
-        Columns: the data set's own, and `__key__`, the row's number.
+        Columns: the data set's own, class labels by their names, and `__key__`, the row's number.
         """
+        features = self._dataset.features
+        classes = class_names(features.to_dict()) if features else {}
         for number, row in enumerate(self._raw_audio(audio).shard(self.num_shards, shard)):
+            row = name_classes(row, classes)
             cell = row[audio] if isinstance(row.get(audio), dict) else {"path": row.get(audio)}
             data = cell.get("bytes")
             path = cell.get("path") or f"{shard}-{number}"
@@ -52,18 +57,27 @@ class HubStream:
 
     @cached_property
     def _dataset(self) -> Any:
-        return _load(self.path, self.subset, self.split, self.revision, streaming=True)
+        return _load(self.path, self.subset, self.split, self.revision, streaming=True, files=self.files)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_dataset"}
 
 
+def is_table(path: str) -> bool:
+    """Whether a path names files of a data set (globs too) and not the data set."""
+    return path.endswith(TABLES)
+
+
 def arrow_files(path: str, subset: str | None, split: str | None, revision: str | None) -> list[str]:
     """The Arrow files of a data set on disk (`save_to_disk`), or of one from the hub, downloaded if need be.
+
+    Parquet files become Arrow files in the cache of `datasets` (a second copy on disk; `streaming` makes none).
 
     Raises:
         ConfigError: a split is missing; a choice of rows (`select`, `shuffle`) lies over the files.
     """
+    if path.endswith(".arrow"):
+        return [path]
     folder = Path(path)
     if split and (folder / split / "state.json").exists():
         folder = folder / split
@@ -75,13 +89,17 @@ def arrow_files(path: str, subset: str | None, split: str | None, revision: str 
         if saved.get("_indices_data_files"):
             raise ConfigError(f"{path}: holds a selection of rows; call flatten_indices() before save_to_disk()")
         return [str(folder / item["filename"]) for item in saved["_data_files"]]
-    loaded = _load(path, subset, split, revision, streaming=False)
+    loaded = _load(path, subset, split, revision, streaming=False, files=(path,) if is_table(path) else ())
     return [os.path.abspath(item["filename"]) for item in loaded.cache_files]
 
 
-def _load(path: str, subset: str | None, split: str | None, revision: str | None, streaming: bool) -> Any:
+def _load(
+    path: str, subset: str | None, split: str | None, revision: str | None, streaming: bool, files: tuple[str, ...]
+) -> Any:
     from datasets import load_dataset  # slow to import, and only these sources need it
 
+    if files:
+        return load_dataset(Path(files[0]).suffix[1:], data_files=list(files), split="train", streaming=streaming)
     if split is None:
         raise ConfigError(f"{path}: name a split")
     folder = Path(path)

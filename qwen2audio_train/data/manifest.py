@@ -9,9 +9,9 @@ Four forms, told apart by their keys (data_manifests/README.md has the whole sch
     {"id": "c1", "prompt": [{"role": "user", "content": [...]}], "chosen": "Hello.", "rejected": "Bye."}
     {"id": "d1", "prompt": [{"role": "user", "content": [...]}], "completion": "Bye.", "label": false}
 
-A clip is a path, or an object {"path", "duration_s", "start_s", "end_s"}. A path is local (relative to the manifest's
-folder; `..` is allowed, as audio often lies beside the manifests), a member of a tar file (`shard.tar::a/b.flac`), or
-a URL.
+A clip is a path, or an object {"path", "duration_s", "start_s", "end_s", "channel"}. A path is local (relative to the
+manifest's folder; `..` is allowed, as audio often lies beside the manifests), a member of a tar file
+(`shard.tar::a/b.flac`), or a URL.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MODES = ("voice_chat", "analysis")
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
 
 COMMON_KEYS = ("id", "source", "meta")
-CLIP_KEYS = ("path", "duration_s", "start_s", "end_s")
+CLIP_KEYS = ("path", "duration_s", "start_s", "end_s", "channel")
 TASK_KEYS = ("audio", "duration_s", "task", "language", "target", "text_language", "question")
 CHAT_KEYS = ("messages", "mode")
 PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
@@ -232,7 +232,14 @@ def _clip(record: Record, key: str) -> Clip:
             place = inner if inside is not None else record
             raise place.error("duration_s", f"end_s - start_s = {end - start:g}, the length of the slice")
         duration = end - start
-    return Clip(_resolve(path, record, key), duration, start, end)
+    return Clip(_resolve(path, record, key), duration, start, end, _channel(inner))
+
+
+def _channel(record: Record) -> int | None:
+    channel = record.get("channel")
+    if channel is not None and (not isinstance(channel, int) or isinstance(channel, bool) or channel < 0):
+        raise record.error("channel", "the number of a channel, counted from 0")
+    return channel
 
 
 def _resolve(path: str, record: Record, key: str) -> str:
@@ -260,6 +267,9 @@ def to_record(example: Example, folder: str | Path) -> dict[str, Any]:
         fields = _clip_fields(example.clip, folder) | {name: getattr(example, name) for name in names}
     elif isinstance(example, ChatExample):
         fields = {"mode": example.mode, "messages": _message_records(example.messages, folder)}
+    elif isinstance(example, UnpairedExample):
+        prompt = _message_records(example.prompt, folder)
+        fields = {"prompt": prompt, "completion": example.completion, "label": example.label}
     else:
         rejected = example.rejected[0] if len(example.rejected) == 1 else list(example.rejected)
         prompt = _message_records(example.prompt, folder)
@@ -267,9 +277,6 @@ def to_record(example: Example, folder: str | Path) -> dict[str, Any]:
     record = {"id": example.id, "source": example.source, **fields, "meta": dict(example.meta) or None}
     return {key: value for key, value in record.items() if value is not None}
 
-    elif isinstance(example, UnpairedExample):
-        prompt = _message_records(example.prompt, folder)
-        fields = {"prompt": prompt, "completion": example.completion, "label": example.label}
 
 def _message_records(messages: tuple[Message, ...], folder: str | Path) -> list[dict[str, Any]]:
     def part(item: Clip | str) -> dict[str, Any]:
@@ -284,6 +291,7 @@ def _clip_fields(clip: Clip, folder: str | Path) -> dict[str, Any]:
     file, separator, member = clip.path.partition(".tar::")
     path = clip.path if "://" in clip.path else os.path.relpath(file, folder) + separator + member
     whole = clip.start_s == 0.0 and clip.end_s is None
-    audio = {"path": path, "start_s": clip.start_s} | ({} if clip.end_s is None else {"end_s": clip.end_s})
+    bounds = {"start_s": None if whole else clip.start_s, "end_s": clip.end_s, "channel": clip.channel}
+    given = {key: value for key, value in bounds.items() if value is not None}
     length = {} if clip.duration_s is None else {"duration_s": clip.duration_s}
-    return {"audio": path if whole else audio, **length}
+    return {"audio": {"path": path, **given} if given else path, **length}

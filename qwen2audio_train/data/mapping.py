@@ -8,7 +8,9 @@ from typing import Any
 
 from qwen2audio_train.config import ConfigError
 
-CLIP_FIELDS = ("start_s", "end_s")
+CLIP_FIELDS = ("start_s", "end_s", "channel")
+TEXT_FIELDS = ("id", "target", "question")
+"""Fields that are text even where the corpus has numbers."""
 _ABSENT = object()
 
 
@@ -19,6 +21,9 @@ def map_row(row: Mapping[str, Any], columns: Mapping[str, str], constants: Mappi
     for name in ("duration_s", *CLIP_FIELDS):
         if isinstance(record.get(name), str):
             record[name] = _number(record[name])
+    for name in TEXT_FIELDS:
+        if isinstance(record.get(name), int | float) and not isinstance(record[name], bool):
+            record[name] = str(record[name])
     bounds = {name: record.pop(name) for name in CLIP_FIELDS if name in record}
     return record | ({"audio": {"path": record.get("audio"), **bounds}} if bounds else {})
 
@@ -60,6 +65,7 @@ def check_columns(asked: Mapping[str, str], known: Iterable[str], corpus: str) -
 def _number(text: str) -> float | str:
     """The number that a text cell holds; what is none is left to the parser to refuse."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    return int(number) if number.is_integer() else number

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
+import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +24,8 @@ Rows = Iterator[tuple[int, Row | ManifestError]]
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "opus", "mp3", "m4a", "aac", "webm", "mp4")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLES = (".parquet", ".arrow")
+"""Endings of the files that the `datasets` library keeps its rows in."""
 
 LARGEST_TEXT = 2**24
 """Bytes of a text or JSON member of a tar."""
@@ -29,7 +34,7 @@ LARGEST_TEXT = 2**24
 def read_kaldi(folder: str) -> Rows:
     """A Kaldi data folder: wav.scp, text, and where they exist segments, utt2dur, utt2spk, utt2lang.
 
-    Columns: id, audio, text, start_s, end_s, duration_s, speaker, language.
+    Columns: id, audio, text, start_s, end_s, duration_s, speaker, language. An utterance without a text is an error.
     """
     place = Path(folder)
     recordings = dict(_pairs(place / "wav.scp"))
@@ -37,7 +42,10 @@ def read_kaldi(folder: str) -> Rows:
     more = {column: dict(_pairs(place / name)) for column, name in extra.items() if (place / name).exists()}
     segments = dict(_pairs(place / "segments")) if (place / "segments").exists() else None
     path = str(place / "text")
+    untold = dict.fromkeys(recordings if segments is None else segments)
+    number = 0
     for number, (name, text) in enumerate(_pairs(place / "text"), start=1):
+        untold.pop(name, None)
         try:
             recording, times = _segment(segments, name, path, number)
             audio = recordings.get(recording, "")
@@ -48,6 +56,9 @@ def read_kaldi(folder: str) -> Rows:
             yield number, row | {column: values[name] for column, values in more.items() if name in values}
         except ManifestError as error:
             yield number, error
+    listed = "wav.scp" if segments is None else "segments"
+    for line, name in enumerate(untold, start=number + 1):
+        yield line, ManifestError(path, line, "", f'a line for "{name}", which stands in {listed}', "none")
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:
@@ -63,7 +74,8 @@ def _segment(segments: Mapping[str, str] | None, name: str, path: str, line: int
         return name, {}
     try:
         recording, start, end = segments[name].split()
-        return recording, {"start_s": float(start), "end_s": float(end)}
+        times = {"start_s": float(start), "end_s": float(end)}
+        return recording, {key: value for key, value in times.items() if value >= 0}  # an end of -1 is the file's
     except (KeyError, ValueError):
         found = segments.get(name, "none")
         raise ManifestError(path, line, "segments", f'"<recording> <start> <end>" for "{name}"', found) from None
@@ -72,25 +84,33 @@ def _segment(segments: Mapping[str, str] | None, name: str, path: str, line: int
 def read_lhotse(file: str) -> Rows:
     """A lhotse manifest of cuts (JSONL, also gzipped), one channel of one recording each.
 
-    Columns: id, audio, start_s, end_s, duration_s, text, language, speaker, and the cut's `custom` fields.
+    Columns: id, audio, channel (of a file with several), start_s, end_s, duration_s, text, language, speaker, and the
+    cut's `custom` fields. Cuts of several tracks or channels, and recordings that lhotse would change (speed, volume
+    and the like), are errors: only what lies in the file can be read.
     """
-    with gzip.open(file) if file.endswith(".gz") else Path(file).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield number, _cut(dict(load_record(line, file, number).values), file, number)
-            except ManifestError as error:
-                yield number, error
+    for number, row in _read_objects(file):
+        try:
+            yield number, row if isinstance(row, ManifestError) else _cut(row, file, number)
+        except ManifestError as error:
+            yield number, error
 
 
 def _cut(cut: Mapping[str, Any], file: str, line: int) -> Row:
     try:
-        (source,) = cut["recording"]["sources"]
+        recording, channel = cut["recording"], int(cut.get("channel") or 0)
+        (source,) = [item for item in recording["sources"] if channel in item["channels"]]
         kind, audio = source["type"], source["source"]
         start, length = float(cut["start"]), float(cut["duration"])
         spoken = cut.get("supervisions") or []
         if kind not in ("file", "url"):
             raise ManifestError(file, line, "recording.sources", "a file or a url", str(kind))
+        changes = [item["name"] for item in recording.get("transforms") or [] if item["name"] != "Resample"]
+        if changes:
+            expected = "none that changes the audio (lhotse's save_audio writes it)"
+            raise ManifestError(file, line, "recording.transforms", expected, ", ".join(changes))
         row = {"id": cut["id"], "audio": audio, "start_s": start, "end_s": start + length, "duration_s": length}
+        if len(source["channels"]) > 1:
+            row["channel"] = source["channels"].index(channel)
         row["text"] = " ".join(item["text"] for item in spoken if item.get("text"))
         row |= {key: spoken[0][key] for key in ("language", "speaker") if spoken and spoken[0].get(key)}
         return row | dict(cut.get("custom") or {})
@@ -99,7 +119,7 @@ def _cut(cut: Mapping[str, Any], file: str, line: int) -> Row:
             raise
         kind = cut.get("type", "no type")
         found = f"{kind} ({type(error).__name__}: {error})"
-        raise ManifestError(file, line, "", "a MonoCut with one recording of one source", found) from None
+        raise ManifestError(file, line, "", "a MonoCut of one recording, its channel in one source", found) from None
 
 
 def read_tar(tar: str, shown: str) -> Rows:
@@ -131,8 +151,7 @@ def read_tar(tar: str, shown: str) -> Rows:
         except BlobError as error:
             yield number, ManifestError(shown, number, "", "a whole tar file", str(error))
         else:
-            if row:
-                yield number, row
+            yield (number, row) if row else (1, ManifestError(shown, 1, "", "a tar file with files in it", "none"))
 
 
 def _add_member(row: Row, file: IO[bytes], member: TarMember, suffix: str, shown: str, number: int) -> None:
@@ -158,40 +177,71 @@ def _add_member(row: Row, file: IO[bytes], member: TarMember, suffix: str, shown
 def read_arrow(file: str, shown: str, audio: str) -> Rows:
     """An Arrow file as `datasets` writes it; the column `audio` becomes the path of its cell, the others stay.
 
-    Columns: the file's own, and `__key__`, the row's number.
+    Columns: the file's own, class labels by their names, and `__key__`, the row's number.
     """
     import pyarrow as pa  # slow to import, and only Arrow files need it
 
     number = 0
     try:
         with pa.memory_map(file) as mapped, pa.ipc.open_stream(mapped) as batches:
+            info = (batches.schema.metadata or {}).get(b"huggingface", b"{}")
+            classes = class_names(json.loads(info).get("info", {}).get("features") or {})
             for batch in batches:
                 plain = batch.drop_columns([audio]) if audio in batch.schema.names else batch
                 for row in plain.to_pylist():
                     path = f"{shown}::{number}/{audio}"
                     number += 1
-                    yield number, {"__key__": f"{Path(shown).stem}/{number - 1}", **row, audio: path}
+                    named = name_classes(row, classes)
+                    yield number, {"__key__": f"{Path(shown).stem}/{number - 1}", **named, audio: path}
     except (OSError, ValueError) as error:
         yield number + 1, ManifestError(shown, number + 1, "", "a whole Arrow stream", str(error))
 
 
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Column -> names of its classes, from the features of a data set as they are written down."""
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel"
+    }
+
+
+def name_classes(row: Row, classes: Mapping[str, list[str]]) -> Row:
+    """The same row with names in place of the numbers of classes; -1 is no label."""
+    numbers = {column: row[column] for column in classes if isinstance(row.get(column), int)}
+    return {**row, **{column: classes[column][n] if n >= 0 else None for column, n in numbers.items()}}
+
+
+def open_lines(file: str) -> IO[bytes]:
+    """A text file, gzipped or not, as bytes."""
+    return gzip.open(file) if file.endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
+
+
 def read_table(file: str) -> Rows:
-    """A table: CSV or TSV with a line of names by the file's ending, else JSONL; the columns are its own."""
-    suffix = Path(file).suffix
+    """A table: CSV or TSV with a line of names by the file's ending, else JSONL, gzipped or not; its own columns."""
+    suffix = Path(file.removesuffix(".gz")).suffix
     if suffix in DELIMITERS:
         yield from _read_cells(file, DELIMITERS[suffix])
         return
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, dict(load_record(line, file, number).values)
-                except ManifestError as error:
-                    yield number, error
+    yield from _read_objects(file)
+
+
+def _read_objects(file: str) -> Rows:
+    number = 0
+    with open_lines(file) as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield number, dict(load_record(line, file, number).values)
+                    except ManifestError as error:
+                        yield number, error
+        except (EOFError, OSError, zlib.error) as error:
+            yield number + 1, ManifestError(file, number + 1, "", "a whole gzip file", str(error))
 
 
 def _read_cells(file: str, delimiter: str) -> Rows:
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    with io.TextIOWrapper(open_lines(file), encoding="utf-8-sig", newline="") as lines:
         table = csv.reader(lines, delimiter=delimiter)
         names = next(table, [])
         for cells in table:

@@ -15,7 +15,6 @@ import io
 import json
 import os
 import tarfile
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,13 +25,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qwen2audio_train.config import ConfigError
-from qwen2audio_train.data.audio import AudioError, AudioLimits, load_audio, probe
+from qwen2audio_train.data.audio import AudioError, AudioLimits, load_audio, open_audio, probe
 from qwen2audio_train.data.blobs import BLOCK, BlobError, TarMember
 from qwen2audio_train.data.corpus import OWN_RECORD
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
 from qwen2audio_train.data.files import write_whole
 from qwen2audio_train.data.index import Index, Measured, open_index
 from qwen2audio_train.data.manifest import to_record
+from qwen2audio_train.data.parallel import in_order, processes
 from qwen2audio_train.data.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample
 from qwen2audio_train.data.remote import Remote
@@ -78,7 +78,7 @@ class Sharded:
     bad: list[BadExample]
 
 
-def write_shards(options: ShardOptions, progress: bool = False) -> Sharded:
+def write_shards(options: ShardOptions) -> Sharded:
     """Put manifests into shards.
 
     Raises:
@@ -96,10 +96,12 @@ def write_shards(options: ShardOptions, progress: bool = False) -> Sharded:
     todo = [job for job in jobs if not (output / f"{options.name}-{job[0]:06d}.tar").exists()]
     write = partial(_write_shard, index, options)
     if options.num_workers > 1:
-        with ProcessPoolExecutor(options.num_workers) as pool:
-            _run(pool, write, todo, progress)
+        with processes(options.num_workers) as pool:
+            written = in_order(pool, write, todo, ahead=2 * options.num_workers)
+            for _ in tqdm(written, total=len(todo), desc="shards", disable=None):
+                pass
     else:
-        for job in tqdm(todo, desc="shards", disable=not progress):
+        for job in tqdm(todo, desc="shards", disable=None):
             write(job)
     return _summary(output, options.name, len(jobs), index.bad())
 
@@ -135,16 +137,6 @@ def _claim(output: Path, index: Index, options: ShardOptions) -> None:
     write_whole(note, [json.dumps(plan, indent=1) + "\n"])
 
 
-def _run(pool: Executor, write: partial[None], todo: list[tuple[int, NDArray[np.int64]]], progress: bool) -> None:
-    futures: list[Future[None]] = [pool.submit(write, job) for job in todo]
-    try:
-        for future in tqdm(futures, desc="shards", disable=not progress):
-            future.result()
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
-
-
 def _write_shard(index: Index, options: ShardOptions, job: tuple[int, NDArray[np.int64]]) -> None:
     """Write one shard, its manifest and its list of bad examples; the tar itself appears last."""
     number, rows = job
@@ -162,7 +154,7 @@ def _write_shard(index: Index, options: ShardOptions, job: tuple[int, NDArray[np
             except (AudioError, BlobError, OSError, ValueError) as error:
                 bad.append(BadExample.of(error, name))
                 continue
-            lines.append(_add_example(archive, target, f"{place:06d}", example, files))
+            lines.append(_add_example(archive, target, f"{place:06d}", example, files, options.audio))
     write_whole(target.with_suffix(".jsonl"), lines)
     if bad:
         write_whole(target.with_suffix(".bad.jsonl"), [json.dumps(dataclasses.asdict(item)) + "\n" for item in bad])
@@ -170,19 +162,24 @@ def _write_shard(index: Index, options: ShardOptions, job: tuple[int, NDArray[np
 
 
 def _add_example(
-    archive: tarfile.TarFile, target: Path, key: str, example: Example, files: list[tuple[str, bytes]]
+    archive: tarfile.TarFile, target: Path, key: str, example: Example, files: list[tuple[str, bytes]], audio: str
 ) -> str:
-    """Append an example to a shard; returns its line for the manifest beside it."""
+    """Append an example to a shard; returns its line for the manifest beside it. FLAC of ours holds one channel."""
     folder = target.parent
     names = [f"{key}.{i}.{suffix}" for i, (suffix, _) in enumerate(files)]
     clips = clips_of(example)
-    inside = [Clip(str(folder / name), clip.duration_s) for name, clip in zip(names, clips, strict=True)]
+    channels = [None if audio == "flac" else clip.channel for clip in clips]
+    inside = [
+        Clip(str(folder / name), clip.duration_s, channel=channel)
+        for name, clip, channel in zip(names, clips, channels, strict=True)
+    ]
     record = {OWN_RECORD: 1, **to_record(with_clips(example, inside), folder)}
     _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
     placed = []
-    for name, (_, data), clip in zip(names, files, clips, strict=True):
+    for clip, (_, data) in zip(inside, files, strict=True):
+        name = Path(clip.path).name
         member = TarMember(name, _add(archive, name, data), len(data))
-        placed.append(Clip(member.placed(str(target)), clip.duration_s))
+        placed.append(dataclasses.replace(clip, path=member.placed(str(target))))
     return json.dumps(to_record(with_clips(example, placed), folder), ensure_ascii=False) + "\n"
 
 
@@ -203,12 +200,11 @@ def _encoded(clip: Clip, audio: str) -> tuple[str, bytes]:
     if clip.start_s == 0 and clip.end_s is None:
         probe(clip.path, data)  # what is no audio is told here, not by whoever trains on it
         return Path(clip.path).suffix.lstrip(".").lower() or "wav", data or Path(clip.path).read_bytes()
-    source = clip.path if data is None else io.BytesIO(data)
-    with soundfile.SoundFile(source) as file:
+    with open_audio(clip.path, data, limits) as file:
         start = round(clip.start_s * file.samplerate)
         stop = file.frames if clip.end_s is None else min(round(clip.end_s * file.samplerate), file.frames)
         file.seek(start)
-        deep = file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+        deep = getattr(file, "subtype", "FLOAT") in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
         samples = file.read(stop - start, dtype="float64", always_2d=True)
         return "flac", _flac(samples, file.samplerate, "PCM_24" if deep else "PCM_16")
 

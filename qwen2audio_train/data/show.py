@@ -14,10 +14,14 @@ from qwen2audio_train.config_data import LabelledTurns, PromptStyle
 from qwen2audio_train.data.audio import load_audio
 from qwen2audio_train.data.examples import PAIRED, Clip, Example
 from qwen2audio_train.data.features import log_mel
-from qwen2audio_train.data.manifest import read_manifest
+from qwen2audio_train.data.manifest import parse_manifest
+from qwen2audio_train.data.record import ManifestError
 from qwen2audio_train.data.render import Piece, Rendered, render
 from qwen2audio_train.data.tokenize import text_encoder, tokenize
 from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_clip_tokens, num_frames, window_samples
+
+IDS_COMPARED = 10_000
+"""So many ids are looked through for the one that a misspelt one is nearest to."""
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
@@ -51,7 +55,7 @@ def show(options: ShowOptions, colour: bool = False) -> str:
         ConfigError: there is no such example.
         AudioError: a clip cannot be read.
     """
-    example = find_example(read_manifest(options.manifest), options.example)
+    example = find_example(options.manifest, options.example)
     rendered = render(
         example,
         prompt_style=options.prompt_style.value,
@@ -73,16 +77,27 @@ def show(options: ShowOptions, colour: bool = False) -> str:
     return "\n".join(parts)
 
 
-def find_example(examples: Sequence[Example], name: str) -> Example:
-    """The example of that id or, failing that, number. Raises ConfigError."""
-    by_id = {example.id: example for example in examples}
-    if name in by_id:
-        return by_id[name]
-    if name.isdecimal() and int(name) < len(examples):
-        return examples[int(name)]
-    if name.isdecimal():
-        raise ConfigError(f"example={name}: the manifest has {len(examples)} examples, counted from 0")
-    raise ConfigError(f"example={name}: no such id; {nearest(name, list(by_id)[:10_000])}")
+def find_example(manifest: str, name: str) -> Example:
+    """The example of that id or, failing that, number (bad lines do not count). Raises ConfigError."""
+    number = int(name) if name.isdecimal() else None
+    numbered: Example | None = None
+    count = 0
+    ids: list[str] = []
+    for item in parse_manifest(manifest):
+        if isinstance(item, ManifestError):
+            continue
+        if item.id == name:
+            return item
+        if count == number:
+            numbered = item
+        count += 1
+        if len(ids) < IDS_COMPARED:
+            ids.append(item.id)
+    if numbered is not None:
+        return numbered
+    if number is not None:
+        raise ConfigError(f"example={name}: the manifest has {count} examples, counted from 0")
+    raise ConfigError(f"example={name}: no such id; {nearest(name, ids)}")
 
 
 def marked_text(rendered: Rendered, num_samples: Sequence[int], colour: bool = False) -> str:

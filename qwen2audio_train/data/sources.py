@@ -11,12 +11,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from qwen2audio_train.config_data import SourceConfig, SourceFormat
 from qwen2audio_train.data.blobs import PLACED, BlobError, TarMember, member_places
@@ -24,10 +25,11 @@ from qwen2audio_train.data.corpus import Corpus, open_corpus
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.files import text_hash, write_whole
 from qwen2audio_train.data.manifest import parse_line
+from qwen2audio_train.data.parallel import in_order, processes
 from qwen2audio_train.data.record import ManifestError
 from qwen2audio_train.data.remote import Remote
 
-VERSION = 1
+VERSION = 2
 
 ERROR_KEY = "__error__"
 """Key of a line that stands for a row of the corpus that could not be read."""
@@ -52,8 +54,9 @@ def find_manifests(
     """
     corpus = open_corpus(name, source, remote, key)
     if num_workers > 0 and corpus.num_shards > 1 and corpus.kind is not SourceFormat.manifest:
-        with ProcessPoolExecutor(num_workers) as pool:
-            return list(pool.map(partial(_manifest, corpus), range(corpus.num_shards)))
+        with processes(num_workers) as pool:
+            work = in_order(pool, partial(_manifest, corpus), range(corpus.num_shards), ahead=4 * num_workers)
+            return [made for _, made in tqdm(work, total=corpus.num_shards, desc=f"reading {name}", disable=None)]
     return [_manifest(corpus, shard) for shard in range(corpus.num_shards)]
 
 
@@ -76,7 +79,8 @@ def _manifest(corpus: Corpus, shard: int) -> Manifest:
     """The manifest of one shard."""
     local = corpus.local(shard)
     place = corpus.place(shard)
-    if corpus.kind is SourceFormat.manifest and corpus.is_ours and not _names_members(local):
+    as_it_is = corpus.kind is SourceFormat.manifest and corpus.is_ours and not local.endswith(".gz")
+    if as_it_is and not _names_members(local):
         return Manifest(local, place)
     state = "".join(_stamp(path) for path in ([local] if os.path.isfile(local) else sorted(glob.glob(f"{local}/*"))))
     mapping = [sorted(corpus.columns.items()), sorted(corpus.constants.items())]
@@ -105,6 +109,10 @@ def _record(corpus: Corpus, row: dict[str, Any] | ManifestError, folder: str) ->
     if isinstance(row, ManifestError):
         return {ERROR_KEY: str(row)}
     record = corpus.record(row)
+    try:
+        json.dumps(record)
+    except TypeError as error:
+        return {ERROR_KEY: f"a column that holds no plain value ({error})"}
     return _placed(record, folder) if corpus.kind is SourceFormat.manifest else record
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from qwen2audio_train.data.audio import AudioError, AudioLimits, load_audio, probe
 from qwen2audio_train.data.examples import Clip
@@ -47,9 +50,41 @@ def test_resampling_keeps_the_tone(write_tone: Tone, rate: int) -> None:
 def test_channels(write_tone: Tone) -> None:
     path = write_tone("a.flac", channels=2)
     np.testing.assert_allclose(load_audio(clip(path)), tone(16_000, (0.5 + 0.25) / 2), atol=5e-5)
-    np.testing.assert_allclose(load_audio(clip(path), channel=1), tone(16_000, 0.25), atol=5e-5)
+    np.testing.assert_allclose(load_audio(Clip(str(path), None, channel=1)), tone(16_000, 0.25), atol=5e-5)
     with pytest.raises(AudioError, match="no channel 2"):
-        load_audio(clip(path), channel=2)
+        load_audio(Clip(str(path), None, channel=2))
+
+
+class Decoder:
+    """Stands for torchcodec's: one second of a tone at 8 kHz on two channels, 64 samples short of what it announces."""
+
+    def __init__(self, source: str | bytes):
+        self.metadata = SimpleNamespace(sample_rate=8_000, num_channels=2, duration_seconds_from_header=1.0)
+        self._samples = torch.from_numpy(np.stack([tone(7_936, rate=8_000), tone(7_936, 0.25, 8_000)]))
+
+    def get_samples_played_in_range(self, start: float, stop: float) -> SimpleNamespace:
+        return SimpleNamespace(data=self._samples[:, round(start * 8_000) : round(stop * 8_000)])
+
+
+@pytest.mark.parametrize(
+    "head", [b"\0\0\0\x20ftypM4A ", b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81", b"\xff\xf1\x60\x40\x15\xbf"]
+)
+def test_media_files_go_through_torchcodec(tmp_path: Path, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MP4, WebM and AAC, told by how they start; without the extra the error names it."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(head + bytes(500))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(AudioError, match=r"needs torchcodec and FFmpeg \(pip install 'qwen2audio-train\[media\]'\)"):
+        load_audio(clip(path))
+    monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(AudioDecoder=Decoder))
+    assert probe(str(path), path.read_bytes()).duration_s == 1.0
+    assert len(load_audio(clip(path))) == 15_872
+    slice_ = load_audio(Clip(str(path), None, 0.25, 0.75, channel=1))
+    np.testing.assert_allclose(slice_[500:7_500], tone(12_000, 0.25)[4_500:11_500], atol=1e-3)
+    monkeypatch.setattr(Decoder, "get_samples_played_in_range", lambda *_: SimpleNamespace(data=torch.zeros(2, 99)))
+    with pytest.raises(AudioError, match="is it cut off"):
+        load_audio(clip(path))
 
 
 def test_probe(write_tone: Tone) -> None:
@@ -121,6 +156,7 @@ def test_bounds_come_before_decoding(tmp_path: Path) -> None:
         (AudioLimits(max_channels=1), "2 channels are beyond the limit of 1"),
         (AudioLimits(max_sampling_rate=8_000), "16000 Hz is outside of"),
         (AudioLimits(max_duration_s=0.5), r"1\.0 s is beyond the limit of 0\.5 s"),
+        (AudioLimits(max_samples=9_999), "1.0 s of 2 channels at 16000 Hz are beyond the limit of 9999 samples"),
     ],
 )
 def test_limits(write_tone: Tone, limits: AudioLimits, says: str) -> None:

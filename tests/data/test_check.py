@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.data.check import CheckOptions, check, examine, summary
+from qwen2audio_train.data.check import CheckOptions, check, summary
+from qwen2audio_train.data.examine import examine
 from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.tokenizer import save_processor
 
 Tone = Callable[..., Path]
 
@@ -68,7 +71,7 @@ def test_every_planted_defect_is_found(manifest: Path) -> None:
     text = summary([found], max_shown=1)
     assert "8 examples, 0.00 h (asr 8)" in text
     assert "languages: en 8" in text
-    assert "targets: 11 to 41 characters, half of them up to 11" in text
+    assert "answers: 11 to 41 characters, half of them up to 11" in text
     assert "error: duration, 1 x" in text
     assert 'line 3 "long": ' in text
     assert "and 2 more" in text
@@ -94,6 +97,51 @@ def test_held_out_audio_in_training_is_an_error(write_tone: Tone, write_manifest
     assert item.detail == f'the same audio as "t" ({test}:1), which is held out'
     assert held_out.findings == []
     assert "nothing to complain about" in summary([held_out], 5)
+
+
+def test_answers_and_examples_that_are_too_long(
+    write_tone: Tone, write_manifest: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_tone("a.wav", seconds=6.0)
+    save_processor(tokenizer, tmp_path / "processor")
+    user = {"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}
+    lines = [
+        line("short", "a.wav", target="x"),
+        {"id": "long", "messages": [user, {"role": "assistant", "content": "hello " * 10}]},
+        {"id": "silent", "messages": [user]},
+    ]
+    path = str(write_manifest(lines))
+    options = CheckOptions([path], max_answer_characters=50, cache_dir=str(tmp_path / "cache"))
+    kinds = [(1, "text length"), (2, "long answer"), (2, "duplicate audio"), (3, "nothing to learn")]
+    [found] = check(options)
+    assert [(item.line, item.kind) for item in found.findings] == [*kinds, (3, "duplicate audio")]
+    options.tokenizer, options.max_tokens = str(tmp_path / "processor"), 200
+    [found] = check(options)
+    [error] = [item for item in found.findings if item.severity == "error"]
+    assert (error.line, error.kind) == (2, "too long")
+    assert "150 of them audio), beyond max_tokens=200" in error.detail
+
+
+def test_a_check_that_was_broken_off_goes_on(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = CheckOptions([str(manifest)], num_workers=1, cache_dir=str(tmp_path / "cache"))
+    whole = check(options)
+    opened: list[str] = []
+
+    def until_the_fourth(clip: Clip) -> Any:
+        if len(opened) == 4:
+            raise KeyboardInterrupt
+        opened.append(clip.path)
+        return examine(clip)
+
+    monkeypatch.setattr("qwen2audio_train.data.examine.examine", until_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        check(options)
+    monkeypatch.setattr(
+        "qwen2audio_train.data.examine.examine", lambda clip: (opened.append(clip.path), examine(clip))[1]
+    )
+    assert check(options) == whole
+    assert len(opened) == 8  # every clip once
+    assert list((tmp_path / "cache" / "check").iterdir()) == []
 
 
 def test_empty_manifest(tmp_path: Path) -> None:

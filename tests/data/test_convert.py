@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import qwen2audio_train.data.convert as convert_module
 from qwen2audio_train.config import ConfigError
 from qwen2audio_train.data.convert import ConvertOptions, convert
 from qwen2audio_train.data.manifest import read_manifest
@@ -84,6 +85,38 @@ def test_bad_rows_stop_it_or_are_left_out(options: ConvertOptions, write_tone: T
     assert [example.id for example in read_manifest(options.output)] == ["u1", "u5"]
 
 
+def test_a_conversion_that_was_broken_off_goes_on(
+    options: ConvertOptions, write_tone: Tone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tone("a.wav")
+    rows = [f"{number},a.wav,{number}.5,en" for number in range(600)]
+    Path(options.input).write_text("\n".join(["id,path,text,lang", *rows]))
+    options.num_workers = 2
+    assert convert(options).written == 600
+    whole = Path(options.output).read_text()
+    worked: list[int] = []
+    plain = convert_module._outcomes
+
+    def until_the_second(corpus: Any, options: ConvertOptions, rows: Any) -> str:
+        if worked:
+            raise KeyboardInterrupt
+        worked.append(len(rows))
+        return plain(corpus, options, rows)
+
+    options.num_workers = 1
+    Path(options.output).unlink()
+    monkeypatch.setattr(convert_module, "_outcomes", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        convert(options)
+    monkeypatch.setattr(
+        convert_module, "_outcomes", lambda c, o, rows: (worked.append(len(rows)), plain(c, o, rows))[1]
+    )
+    assert convert(options).written == 600
+    assert sum(worked) == 600
+    assert Path(options.output).read_text() == whole
+    assert [path.name for path in Path(options.output).parent.iterdir()] == ["speech.jsonl"]
+
+
 def test_misspelt_columns(options: ConvertOptions) -> None:
     Path(options.input).write_text("id,path,text,lang\nu1,a.wav,x,en\n")
     options.columns["language"] = "langs"
@@ -120,6 +153,13 @@ def test_rows_and_mapping(tmp_path: Path) -> None:
         "duration_s": 1.5,
         "z": "constant",
     }
+
+
+def test_numbers_become_text_where_text_is_wanted() -> None:
+    """Hub data sets number their rows, and their labels may be numbers."""
+    row = {"key": 17, "year": 1987, "c": "1"}
+    record = map_row(row, {"id": "key", "target": "year", "channel": "c", "audio": "c"}, {})
+    assert record == {"id": "17", "target": "1987", "audio": {"path": "1", "channel": 1}}
 
 
 def test_a_kaldi_folder_becomes_a_manifest(tmp_path: Path, write_tone: Tone) -> None:

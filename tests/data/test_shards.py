@@ -19,6 +19,7 @@ from qwen2audio_train.data import shards
 from qwen2audio_train.data.audio import load_audio
 from qwen2audio_train.data.build import build_batches
 from qwen2audio_train.data.examples import clips_of
+from qwen2audio_train.data.manifest import read_manifest
 from qwen2audio_train.data.remote import Remote
 from qwen2audio_train.data.shards import ShardOptions, write_shards
 from qwen2audio_train.data.sources import find_manifests, good_examples
@@ -142,6 +143,26 @@ def test_everything_as_flac(options: ShardOptions, tmp_path: Path) -> None:
             if example.id.startswith("a/"):
                 samples, _ = soundfile.read(tmp_path / f"{example.id}.wav", dtype="float32")
                 np.testing.assert_array_equal(load_audio(clip), samples)
+
+
+@pytest.mark.parametrize("audio", ["keep", "flac"])
+def test_a_chosen_channel_stays_chosen(tmp_path: Path, audio: str) -> None:
+    """The file keeps its channels and the record their choice; FLAC of ours holds that channel alone."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (8_000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "two.wav", samples, 16_000)
+    lines = [
+        {"id": str(channel), "audio": {"path": "two.wav", "channel": channel, **times}, "task": "ser", "target": "x"}
+        for channel, times in enumerate([{}, {"start_s": 0.1, "end_s": 0.4}])
+    ]
+    manifest = tmp_path / "two.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [load_audio(example.clip) for example in read_manifest(manifest)]  # type: ignore[union-attr]
+    write_shards(ShardOptions([str(manifest)], str(tmp_path / "out"), audio=audio, cache_dir=str(tmp_path / "cache")))
+    for form in ("shard-*.tar", "shard-*.jsonl"):
+        source = SourceConfig([str(tmp_path / "out" / form)])
+        found = {e.id: e for e in good_examples(find_manifests("s", source, Remote(str(tmp_path / "cache"))))}
+        for number, waveform in enumerate(given):
+            np.testing.assert_allclose(load_audio(found[str(number)].clip), waveform, atol=1e-4)  # type: ignore[union-attr]
 
 
 def test_stats(options: ShardOptions, tmp_path: Path) -> None:

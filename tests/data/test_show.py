@@ -58,6 +58,11 @@ def test_tokens_answers_and_a_picture(manifest: str, tokenizer: PreTrainedTokeni
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_bad_line_does_not_hide_the_others(manifest: str) -> None:
+    Path(manifest).write_text("{bad\n" + Path(manifest).read_text())
+    assert show(ShowOptions(manifest, "0")) == show(ShowOptions(manifest, "chat"))
+
+
 def test_wrong_names(manifest: str) -> None:
     with pytest.raises(ConfigError, match=r"example=char: no such id; did you mean chat\?"):
         show(ShowOptions(manifest, "char"))

@@ -14,12 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from datasets import Audio, Dataset, DatasetDict, Features, Value
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config import ConfigError
 from qwen2audio_train.config_data import DataConfig, SourceConfig, SourceFormat
 from qwen2audio_train.data.build import build_batches
+from qwen2audio_train.data.corpus import open_corpus
 from qwen2audio_train.data.paths import expand_braces, expand_paths
 from qwen2audio_train.data.remote import Remote
 from qwen2audio_train.data.sources import find_manifests, good_examples
@@ -112,10 +113,20 @@ def on_disk(folder: Path) -> SourceConfig:
     return SourceConfig([str(folder / "hf")], split="train", columns=COLUMNS, constants=CONSTANTS)
 
 
-def parquet(folder: Path) -> SourceConfig:
-    (folder / "pq").mkdir()
-    as_dataset(folder).to_parquet(folder / "pq" / "train-00000-of-00001.parquet")
-    return SourceConfig([str(folder / "pq")], split="train", columns=COLUMNS, constants=CONSTANTS)
+def parquet(folder: Path, name: str = "pq") -> SourceConfig:
+    (folder / name).mkdir()
+    as_dataset(folder).to_parquet(folder / name / "train-00000-of-00001.parquet")
+    return SourceConfig([str(folder / name)], split="train", columns=COLUMNS, constants=CONSTANTS)
+
+
+def parquet_files(folder: Path) -> SourceConfig:
+    parquet(folder, "files")
+    return SourceConfig([str(folder / "files" / "*.parquet")], columns=COLUMNS, constants=CONSTANTS)
+
+
+def gzipped(folder: Path) -> SourceConfig:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    return SourceConfig([str(folder / "a.jsonl.gz")])
 
 
 def tar_members(folder: Path) -> SourceConfig:
@@ -138,6 +149,8 @@ FORMS: dict[str, Callable[[Path], SourceConfig]] = {
     "webdataset": webdataset,
     "Hugging Face on disk": on_disk,
     "Hugging Face Parquet": parquet,
+    "Parquet files": parquet_files,
+    "gzipped": gzipped,
     "members of a tar": tar_members,
 }
 
@@ -196,6 +209,43 @@ def test_kaldi_without_segments_and_with_a_pipe(tmp_path: Path) -> None:
     assert (one["audio"], one["duration_s"], one["target"]) == ("/data/1.wav", 1.5, "one")
     assert "sox 2.sph" in two["__error__"]
     assert 'a plain file for "u3" in wav.scp' in three["__error__"]
+    (tmp_path / "segments").write_text("u1 u1 0.5 -1\nu4 u1 0 1\n")
+    one, *_, four = manifests(SourceConfig([str(tmp_path)]), tmp_path / "cache")
+    assert one["audio"] == {"path": "/data/1.wav", "start_s": 0.5}
+    assert 'a line for "u4", which stands in segments' in four["__error__"]
+
+
+def test_lhotse_tells_channels_and_what_it_would_change(folder: Path, tmp_path: Path) -> None:
+    """A cut of the second channel is that channel; audio that lhotse would have to make is refused."""
+    lines = [json.loads(line) for line in Path(lhotse(folder, "channels.jsonl").path[0]).read_text().splitlines()[:4]]
+    second, sped, several, resampled = lines
+    for cut in lines:
+        cut["recording"]["sources"][0]["channels"] = [0, 1]
+    second["channel"] = 1
+    sped["recording"]["transforms"] = [{"name": "Speed", "kwargs": {"factor": 1.1}}]
+    several["channel"] = [0, 1]
+    resampled["recording"]["transforms"] = [{"name": "Resample", "kwargs": {}}]
+    (tmp_path / "cuts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, two, three, four = manifests(SourceConfig([str(tmp_path / "cuts.jsonl")], constants=CONSTANTS), tmp_path)
+    assert (one["audio"]["channel"], four["audio"]["channel"]) == (1, 0)
+    assert "recording.transforms" in two["__error__"]
+    assert "Speed" in two["__error__"]
+    assert "a MonoCut of one recording" in three["__error__"]
+
+
+def test_class_labels_are_told_by_their_names(folder: Path, tmp_path: Path) -> None:
+    rows = {"audio": [{"bytes": path.read_bytes(), "path": None} for path in clips(folder)[:3]], "mood": [1, 0, -1]}
+    features = Features({"audio": Audio(decode=False), "mood": ClassLabel(names=["calm", "glad"])})
+    Dataset(pa.Table.from_pydict(rows, schema=features.arrow_schema)).to_parquet(tmp_path / "train.parquet")
+    Dataset(pa.Table.from_pydict(rows, schema=features.arrow_schema)).save_to_disk(tmp_path / "disk")
+    source = SourceConfig([str(tmp_path / "disk")], columns={"target": "mood"}, constants={"task": "ser"})
+    one, two, three = manifests(source, tmp_path)
+    assert (one["target"], two["target"], "target" in three) == ("glad", "calm", False)
+    stream = open_corpus("s", dataclasses.replace(source, path=[f"{tmp_path}/*.parquet"], streaming=True), Remote())
+    rows_read = [row for _, row, _ in stream.rows_with_bytes(0)]
+    assert [row["mood"] for row in rows_read if isinstance(row, dict)] == ["glad", "calm", None]
+    with pytest.raises(ConfigError, match="2 data sets in one stream"):
+        open_corpus("s", dataclasses.replace(source, path=["a", "b"], split="train", streaming=True), Remote())
 
 
 def test_rows_that_are_no_examples_are_counted(folder: Path, tmp_path: Path, tokenizer: Tok) -> None:
