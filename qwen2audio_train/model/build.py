@@ -65,7 +65,7 @@ def _load(path: str, dtype: torch.dtype, quantize: bool) -> PackedQwen2Audio:
     if model_type != Qwen2AudioConfig.model_type:
         raise ConfigError(f"{path} holds a model of type {model_type}, expected {Qwen2AudioConfig.model_type}")
     if quantize and find_spec("bitsandbytes") is None:
-        raise ConfigError("adapter.kind=qlora: needs the package bitsandbytes, which is not installed")
+        raise ConfigError('adapter.kind=qlora: needs the package bitsandbytes: pip install ".[qlora]"')
     options = {"quantization_config": quantization_config(dtype)} if quantize else {}
     load: Any = PackedQwen2Audio.from_pretrained
     model, report = load(path, dtype=dtype, output_loading_info=True, **options)
@@ -82,7 +82,7 @@ def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["audio_tower", "multi_modal_projector", "lm_head"],
+        llm_int8_skip_modules=["model.audio_tower", "model.multi_modal_projector", "lm_head"],
     )
 
 

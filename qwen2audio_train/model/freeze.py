@@ -36,7 +36,8 @@ def set_trainable(model: PackedQwen2Audio, freeze: FreezeConfig) -> None:
     """Freeze the parts that `freeze` names and train the others; the encoder's fixed positions stay fixed."""
     for name, parameter in model.named_parameters():
         positions = name.endswith("embed_positions.weight")
-        parameter.requires_grad_(not positions and not getattr(freeze, part_of(name)))
+        quantised = not parameter.is_floating_point()
+        parameter.requires_grad_(not positions and not quantised and not getattr(freeze, part_of(name)))
 
 
 def parameter_groups(

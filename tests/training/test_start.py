@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from qwen2audio_train.config import ConfigError
+from qwen2audio_train.model import build
 from qwen2audio_train.training import stage
 from qwen2audio_train.training.checkpoint import weights_folder
 from tests.runs import build_trainer, logged, recipe, train
@@ -154,6 +155,23 @@ def test_an_adapter_touches_what_it_names_and_nothing_else(
     assert all("lora_" in name for name in changed)
     parts = {part for part in ("audio_tower", "multi_modal_projector", "language_model") for n in changed if part in n}
     assert parts == set(modules)
+
+
+def test_qlora_holds_the_language_model_alone_in_four_bits(noise: Path, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = train(recipe(noise, tmp_path, "adapter.kind=qlora", "adapter.r=2", f"init_from={base}"))
+    kinds = {name: type(module).__name__ for name, module in trainer.model.named_modules() if "q_proj" in name}
+    assert {kind for name, kind in kinds.items() if name.endswith("base_layer")} == {"Linear4bit"}
+    assert {kind for name, kind in kinds.items() if "audio_tower" in name} == {"Linear"}
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_qlora_says_what_it_needs(noise: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"adapter\.kind=qlora: needs the package bitsandbytes"):
+        build_trainer(recipe(noise, tmp_path, "adapter.kind=qlora", f"init_from={base}"))
 
 
 def test_modules_to_save_are_trained_in_full(noise: Path, base: Path, tmp_path: Path) -> None:
