@@ -148,15 +148,19 @@ def test_out_of_memory_is_an_answer() -> None:
 
 
 def test_the_peak_is_what_was_held() -> None:
+    """Of each trial alone: what a larger one before it had freed does not count."""
     memory = PeakMemory()
 
     def step(samples: int) -> None:
-        torch.ones(samples, 2**20, dtype=torch.float32)
+        blocks = [torch.ones(2**20, dtype=torch.float32) for _ in range(samples)]
+        del blocks
 
-    small, large = (attempt(step, samples, memory) for samples in (1, 65))
+    small, large, again = (attempt(step, samples, memory) for samples in (1, 65, 1))
     assert small is not None
     assert large is not None
+    assert again is not None
     assert large.peak_bytes - small.peak_bytes == pytest.approx(64 * 2**22, rel=0.1)
+    assert large.peak_bytes - again.peak_bytes == pytest.approx(64 * 2**22, rel=0.1)
 
 
 def counted_steps(per_sample: int) -> Callable[..., tuple[Callable[[int], object], None]]:
