@@ -80,6 +80,8 @@ def list_members(file: IO[bytes]) -> Iterator[TarMember]:
         if len(header) < BLOCK:
             raise BlobError(f"the tar file is cut off at byte {offset + len(header)}")
         if not any(header):
+            if any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(2**20), b"")):
+                raise BlobError(f"the tar file is damaged at byte {offset}: empty blocks before its end")
             return
         kind, size = header[156:157], _check(header, offset)
         data, offset = offset + BLOCK, offset + BLOCK + -(-size // BLOCK) * BLOCK

@@ -81,6 +81,14 @@ def test_damaged_and_compressed_archives_are_told(tmp_path: Path) -> None:
         read_inside(f"{tmp_path / 'c.tar'}::0+5::a", 10)
 
 
+def test_an_archive_does_not_end_at_a_blanked_header(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", {f"{i}.txt": b"abc" for i in range(3)})
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:1024] + bytes(512) + whole[1536:])
+    with pytest.raises(BlobError, match="damaged at byte 1024: empty blocks before its end"):
+        member_places(str(tar))
+
+
 def test_container() -> None:
     assert container("x/a.tar::0+5::b.tar::c") == "x/a.tar"
     assert container("https://h/a.tar::b/c.flac") == "https://h/a.tar"
