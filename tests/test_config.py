@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from qwen2audio_train.combinations import COMBINATIONS, KEYS, refusal
 from qwen2audio_train.config import ConfigError, EvaluateConfig, RecipeConfig, StageConfig, load_config
 from qwen2audio_train.config_data import Order, SourceFormat
-from qwen2audio_train.training.arguments import training_arguments
+from qwen2audio_train.training.arguments import deepspeed_config, training_arguments
 from tests.runs import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +129,21 @@ def test_an_interpolation_of_nothing_is_named() -> None:
     given = {"stage": "sft", "name": "x", "model": {"kind": "tiny"}, "data": {"seed": "${sed}"}}
     with pytest.raises(ConfigError, match=r"data\.seed: .*sed"):
         load_config(OmegaConf.create(given), StageConfig)
+
+
+def test_deepspeed_gets_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    """A key of DeepSpeed's ZeRO part joins those of the recipe; one that the recipe decides is refused."""
+    config = recipe(tmp_path, tmp_path, "deepspeed.stage=2", "deepspeed.extra.zero_optimization.overlap_comm=true")
+    config.deepspeed.extra["steps_per_print"] = 7
+    found = deepspeed_config(config)
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}
+    assert found["steps_per_print"] == 7
+    config.deepspeed.extra["zero_optimization"]["stage"] = 3
+    with pytest.raises(ConfigError, match=r"extra\.zero_optimization\.stage: decided .* set deepspeed\.stage instead"):
+        deepspeed_config(config)
+    config.deepspeed.extra = {"gradient_clipping": 1.0}
+    with pytest.raises(ConfigError, match=r"extra\.gradient_clipping: .* set trainer\.max_grad_norm instead"):
+        deepspeed_config(config)
 
 
 # The table of combinations -------------------------------------------------------------------------------------------

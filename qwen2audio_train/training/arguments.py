@@ -41,6 +41,21 @@ OWNED = {
 }
 """Arguments that follow from another key of the recipe; setting both would give one thing two names."""
 
+OWNED_DEEPSPEED = {
+    "train_batch_size": "data.packs_per_step",
+    "train_micro_batch_size_per_gpu": "data.packs_per_forward",
+    "gradient_accumulation_steps": "data.packs_per_step",
+    "gradient_clipping": "trainer.max_grad_norm",
+    "bf16": "trainer.bf16",
+    "fp16": "trainer.bf16",
+    "optimizer": "trainer.optim",
+    "scheduler": "trainer.lr_scheduler_type",
+    "zero_optimization.stage": "deepspeed.stage",
+    "zero_optimization.offload_optimizer": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param": "deepspeed.offload_parameters",
+}
+"""The same for keys of DeepSpeed's own JSON, below `deepspeed.extra`."""
+
 WITHOUT_EFFECT = frozenset(
     """
     accelerator_config activation_checkpointing_kwargs auto_find_batch_size average_tokens_across_devices
@@ -206,7 +221,11 @@ def _readable(hint: Any) -> str:
 
 
 def deepspeed_config(config: StageConfig) -> dict[str, Any]:
-    """The DeepSpeed JSON of a recipe. Optimizer and schedule stay torch's, so that all ZeRO stages step alike."""
+    """The DeepSpeed JSON of a recipe. Optimizer and schedule stay torch's, so that all ZeRO stages step alike.
+
+    Raises:
+        ConfigError: `deepspeed.extra` sets what another key of the recipe decides.
+    """
     chosen: DeepSpeedConfig = config.deepspeed
     zero: dict[str, Any] = {"stage": chosen.stage, "overlap_comm": False, "contiguous_gradients": True}
     if chosen.stage == 3:
@@ -216,6 +235,13 @@ def deepspeed_config(config: StageConfig) -> dict[str, Any]:
     if chosen.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     mixed = bool(config.trainer.get("bf16", False))
+    extra = dict(chosen.extra)
+    inner = extra.pop("zero_optimization", {})
+    for key in [*extra, *(f"zero_optimization.{name}" for name in inner)]:
+        if key in OWNED_DEEPSPEED:
+            raise ConfigError(
+                f"deepspeed.extra.{key}: decided elsewhere in the recipe; set {OWNED_DEEPSPEED[key]} instead"
+            )
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": "auto",
@@ -223,6 +249,6 @@ def deepspeed_config(config: StageConfig) -> dict[str, Any]:
         "bf16": {"enabled": mixed},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-        **chosen.extra,
+        "zero_optimization": zero | inner,
+        **extra,
     }
