@@ -31,8 +31,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -42,7 +41,7 @@ from counted import Memory, clock, counted, matrix_rate
 from our_arms import OUR_ARMS
 from record import save
 from transformers import PrinterCallback, TrainerCallback
-from workload import LENGTH_SETS, SHAPES, STOCK_ARMS, Workload
+from workload import CLIPS, LENGTH_SETS, SHAPES, STOCK_ARMS, Workload, seconds_of
 
 from qwen2audio_train.config import AdapterConfig, AdapterKind
 from qwen2audio_train.model.adapters import apply_adapter
@@ -247,11 +246,13 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=FORK) as pool:
         rate = pool.submit(matrix_rate, options).result()
         print(f"matrix products: {rate / 1e9:.0f} GFLOP/s", flush=True)
-        run = partial(run_set, names=names, options=options, rate=rate)
-        found = {}
-        for length_set, rows in zip(options.sets, pool.map(run, options.sets), strict=True):
-            found[length_set] = rows
-            show(length_set, rows)
+        longest_first = sorted(options.sets, key=lambda s: -sum(seconds_of(s, CLIPS[s])))
+        running = {pool.submit(run_set, s, names, options, rate): s for s in longest_first}
+        done = {}
+        for future in as_completed(running):
+            done[running[future]] = future.result()
+            show(running[future], future.result())
+    found = {length_set: done[length_set] for length_set in options.sets}
     if options.save:
         save(options.save, {"options": vars(options), "matrix_gflops": rate / 1e9, "sets": found})
     speedup = {length_set: round(rows["ours"]["speedup"]["median"], 2) for length_set, rows in found.items()}
