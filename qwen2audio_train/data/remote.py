@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import math
 import os
 import time
 import urllib.error
@@ -27,6 +28,11 @@ CHUNK = 2**20
 FINAL_STATUS = range(400, 500)
 """Answers that asking again does not change, save for those in `TRANSIENT_STATUS`."""
 TRANSIENT_STATUS = (408, 425, 429)
+EVICTIONS = 5
+"""Times that a shard is fetched again because other processes have made room where it lay."""
+
+_FAILED: dict[str, tuple[float, str]] = {}
+"""When a shard could last not be had, and why; by its place in the cache."""
 
 
 class RemoteError(BlobError):
@@ -57,12 +63,13 @@ class Remote:
         outer = container(path)
         if "://" not in outer:
             return read_inside(path, max_bytes)
-        try:
-            return read_inside(path, max_bytes, local=self.shard(outer))
-        except BlobError:
-            if os.path.exists(self._place(outer)):
-                raise
-            return read_inside(path, max_bytes, local=self.shard(outer))  # another process has just evicted it
+        for _ in range(EVICTIONS):
+            try:
+                return read_inside(path, max_bytes, local=self.shard(outer))
+            except BlobError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+        raise RemoteError(f"was evicted {EVICTIONS} times before it could be read; raise data.cache_max_gib")
 
     def read(self, url: str, max_bytes: int) -> bytes:
         """A whole file into memory. Raises RemoteError."""
@@ -77,8 +84,15 @@ class Remote:
         return bytes(data)
 
     def shard(self, url: str) -> str:
-        """Path of the local copy of a file, fetched if it is not there. Raises RemoteError."""
+        """Path of the local copy of a file, fetched if it is not there.
+
+        Raises:
+            RemoteError: it cannot be had; for the next `timeout_s` without asking again.
+        """
         place = self._place(url)
+        failed_at, reason = _FAILED.get(str(place), (-math.inf, ""))
+        if time.monotonic() - failed_at < self.timeout_s:  # each of its examples would wait for all the retries
+            raise RemoteError(reason)
         if not self._touch(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             with locked(place.with_name(f"{place.name}.lock")):
@@ -86,6 +100,7 @@ class Remote:
                     try:
                         self._fetch(url, place)
                     except RemoteError as error:
+                        _FAILED[str(place)] = (time.monotonic(), f"{url}: {error}")
                         raise RemoteError(f"{url}: {error}") from error
         return str(place)
 

@@ -125,6 +125,14 @@ def test_members_of_a_remote_shard_cost_one_transfer(server: Server, tmp_path: P
         remote(tmp_path).read_clip(f"{server.url('/none.tar')}::b", 10)
 
 
+def test_a_shard_that_cannot_be_had_is_not_waited_for_by_every_example(server: Server, tmp_path: Path) -> None:
+    server.faults["/x.tar"] = [500] * 10
+    for name in "abc":
+        with pytest.raises(RemoteError, match=r"x\.tar: cannot be fetched after 4 tries"):
+            remote(tmp_path, timeout_s=60).read_clip(f"{server.url('/x.tar')}::{name}", 10)
+    assert len(server.asked) == 4
+
+
 def test_the_cache_keeps_what_was_used_last(server: Server, tmp_path: Path) -> None:
     """Room for three of 1 MiB; the one in use stays, and what went is fetched again."""
     for name in "abcd":
