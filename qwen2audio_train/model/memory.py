@@ -158,17 +158,20 @@ def activation_bytes(
     text: Any = config.text_config
     stream = PRECISIONS[precision].stream
     frames = sum(num_encoder_frames(f) for f in load.clip_frames)
-    tower = 0
+    tower, one_encoder_layer = 0, 0
     if "audio_tower" in flows:
-        whole, kept = encoder_layer_bytes(audio, precision), stream * audio.d_model
+        whole = frames * encoder_layer_bytes(audio, precision)
         recomputed = "audio_tower" in checkpointed
-        layers = audio.encoder_layers * kept + whole if recomputed else audio.encoder_layers * whole
-        tower = frames * layers + convolution_bytes(audio, sum(load.clip_frames), precision)
-    whole, kept = decoder_layer_bytes(text, precision), stream * text.hidden_size
+        kept = frames * stream * audio.d_model if recomputed else whole
+        tower = audio.encoder_layers * kept + convolution_bytes(audio, sum(load.clip_frames), precision)
+        one_encoder_layer = whole * recomputed
+    whole = load.tokens * decoder_layer_bytes(text, precision)
     recomputed = "language_model" in checkpointed
-    layers = text.num_hidden_layers * kept + whole if recomputed else text.num_hidden_layers * whole
+    kept = load.tokens * stream * text.hidden_size if recomputed else whole
     merged = stream * text.hidden_size * (load.tokens + sum(num_audio_tokens(f) for f in load.clip_frames))
-    return int(tower + merged + load.tokens * layers)
+    language_model = merged + text.num_hidden_layers * kept + whole * recomputed
+    # The tower's layers are computed again when nothing is left of the language model's.
+    return int(tower + max(language_model, one_encoder_layer))
 
 
 def encoder_layer_bytes(audio: Any, precision: str = "bfloat16") -> int:

@@ -11,7 +11,7 @@ import pytest
 from qwen2audio_train.config import load_config
 from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, composed, script
 
-PAGES = ("data", "recipes", "evaluation", "finetune_lora", "multinode", "preference")
+PAGES = ("data", "recipes", "evaluation", "finetune_lora", "memory", "multinode", "preference")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPT = re.compile(r"launch/(\w+)\.py")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
@@ -34,7 +34,9 @@ def test_a_command_fits_its_script(page: str, words: list[str]) -> None:
     place, name = next((place, found[1]) for place, word in enumerate(words) if (found := SCRIPT.fullmatch(word)))
     arguments = [word for word in words[place + 1 :] if not word.startswith("--") and word != "job"]
     assert (LAUNCH / f"{name}.py").is_file()
-    if name in SCHEMAS:
+    if name == "plan":
+        script("plan").parse(arguments)
+    elif name in SCHEMAS:
         composed(name, *arguments)
     else:
         module = script(name)
