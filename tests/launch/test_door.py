@@ -61,7 +61,11 @@ def test_what_is_wrong_ends_with_status_2_and_its_name(
     ("name", "arguments", "says"),
     [
         ("evaluate", [], "error: checkpoint: no value was given, and it has no default; set checkpoint=..."),
-        ("evaluate", ["checkpoint=/nowhere"], "error: /nowhere: no such folder, and not a hub id (owner/name)"),
+        (
+            "evaluate",
+            ["checkpoint=/nowhere", f"pairs={__file__}"],
+            "error: /nowhere: no such folder, and not a hub id (owner/name)",
+        ),
         ("recipe", ["stages.sfft={}"], "error: stages: 'sfft' is no choice; did you mean sft?"),
         (
             "recipe",
