@@ -35,6 +35,7 @@ from qwen2audio_train.data.show import ShowOptions, show
 from qwen2audio_train.data.stats import (
     IndexOptions,
     draw_histogram,
+    histogram_table,
     index_sizes,
     index_sources,
     stats_of,
@@ -83,7 +84,8 @@ def run_index(options: IndexOptions) -> int:
 
 def run_stats(options: IndexOptions) -> int:
     indexes = index_sources(options)
-    print(stats_table({name: stats_of(index) for name, index in indexes.items()}))
+    stats = {name: stats_of(index) for name, index in indexes.items()}
+    print(stats_table(stats), histogram_table(stats), sep="\n\n")
     if options.image is not None:
         draw_histogram(indexes, options.image)
     return 0

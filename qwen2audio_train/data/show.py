@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +71,7 @@ def show(options: ShowOptions, colour: bool = False) -> str:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
         parts += ["", token_table(rendered, [len(waveform) for waveform in waveforms], tokenizer, colour)]
     if options.image is not None:
-        windows = [log_mel(window, options.num_mel_bins) for waveform in waveforms for window in _windows(waveform)]
-        save_picture([mel[:, :frames] for mel, frames in windows], options.image)
+        save_picture(_spectrograms(waveforms, options.num_mel_bins), options.image)
         parts += ["", f"spectrogram: {options.image}"]
     return "\n".join(parts)
 
@@ -141,18 +140,30 @@ def token_table(
     return "\n".join(lines)
 
 
-def save_picture(mels: Sequence[np.ndarray], path: str | Path) -> None:
-    """Spectrograms of the encoder windows below each other, time in seconds, as a PNG. Raises ConfigError."""
+def save_picture(mels: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Spectrograms with their titles below each other, time in seconds, as a PNG. Raises ConfigError."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("image: drawing needs matplotlib; pip install 'qwen2audio-train[demo]'") from error
     figure = Figure(figsize=(10, 2.5 * len(mels)), layout="constrained")
-    for axes, mel in zip(figure.subplots(len(mels), squeeze=False)[:, 0], mels, strict=True):
+    for axes, (title, mel) in zip(figure.subplots(len(mels), squeeze=False)[:, 0], mels.items(), strict=True):
         image = axes.imshow(mel, origin="lower", aspect="auto", extent=(0, mel.shape[1] / 100, 0, mel.shape[0]))
-        axes.set(xlabel="seconds", ylabel="mel band")
+        axes.set(title=title, xlabel="seconds", ylabel="mel band")
         figure.colorbar(image, ax=axes)
     figure.savefig(path)
+
+
+def _spectrograms(waveforms: Sequence[np.ndarray], num_mel_bins: int) -> dict[str, np.ndarray]:
+    """The log-mel of every encoder window under the number of its clip and, where a clip has several, its own."""
+    mels = {}
+    for number, waveform in enumerate(waveforms, start=1):
+        windows = _windows(waveform)
+        for place, window in enumerate(windows, start=1):
+            mel, frames = log_mel(window, num_mel_bins)
+            title = f"Audio {number}" + (f", window {place} of {len(windows)}" if len(windows) > 1 else "")
+            mels[title] = mel[:, :frames]
+    return mels
 
 
 def _windows(waveform: np.ndarray) -> list[np.ndarray]:
@@ -162,7 +173,11 @@ def _windows(waveform: np.ndarray) -> list[np.ndarray]:
 def _clip_line(clip: Clip, waveform: np.ndarray) -> str:
     seconds, frames = len(waveform) / SAMPLING_RATE, num_frames(len(waveform))
     said = "" if clip.duration_s is None else f", manifest {clip.duration_s:g} s"
-    return f"{clip.path}: {seconds:.3f} s{said}, {frames} frames, {num_clip_tokens(len(waveform))} tokens"
+    part = "" if clip.start_s == 0 and clip.end_s is None else f" from {clip.start_s:g} s"
+    part += "" if clip.channel is None else f" channel {clip.channel}"
+    windows = len(window_samples(len(waveform)))
+    tokens = f"{num_clip_tokens(len(waveform))} tokens" + (f" in {windows} windows" if windows > 1 else "")
+    return f"{clip.path}{part}: {seconds:.3f} s{said}, {frames} frames, {tokens}"
 
 
 def _label(text: str, colour: bool) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer
 from qwen2audio_train.config import ConfigError
 from qwen2audio_train.config_data import DataConfig, LabelledTurns, LongAudio, PromptStyle, SourceConfig
 from qwen2audio_train.data.audio import probe
-from qwen2audio_train.data.examples import Example, TaskExample, clips_of
+from qwen2audio_train.data.examples import Example, clips_of, task_of
 from qwen2audio_train.data.index import Index, Measure, Measured, open_index
 from qwen2audio_train.data.making import maker_of, remote_of
 from qwen2audio_train.data.remote import Remote
@@ -29,7 +31,7 @@ class IndexOptions:
     """The keys of `launch/data.py index` and `launch/data.py stats`.
 
     Attributes:
-        manifests: each one a source, called as its file is.
+        manifests: each one a source, called as its file is (by its whole path where two files have the same name).
         sources: the same in full, as in a recipe's `data.sources`, for every other form.
         tokenizer: folder or hub id, the one that training uses. `index` needs it; `stats` leaves the text out without.
         prompt_style, prompt_seed, labelled_turns, long_audio: those of the recipe; an index is bound to them.
@@ -72,7 +74,11 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
         ConfigError: no sources.
         FileNotFoundError: a source's files do not exist.
     """
-    named = {Path(path).stem: SourceConfig([path]) for path in options.manifests} | options.sources
+    stems = Counter(Path(path).stem for path in options.manifests)
+    named = {
+        path if stems[Path(path).stem] > 1 else Path(path).stem: SourceConfig([path]) for path in options.manifests
+    }
+    named |= options.sources
     if not named:
         raise ConfigError("manifests: no value was given; set manifests=[train.jsonl] or sources.<name>.path=[...]")
     data = DataConfig(
@@ -104,7 +110,7 @@ def measure_audio(example: Example, remote: Remote) -> Measured:
             length = probe(clip.path, remote.read_clip(clip.path, 2**30)).duration_s - clip.start_s
         seconds += length
         tokens += num_clip_tokens(num_samples_of(length))
-    return Measured(seconds, tokens, 0, example.task if isinstance(example, TaskExample) else type(example).__name__)
+    return Measured(seconds, tokens, 0, task_of(example))
 
 
 def stats_of(index: Index) -> SourceStats:
@@ -132,8 +138,21 @@ def stats_table(stats: Mapping[str, SourceStats]) -> str:
         spread = " / ".join(f"{value:.1f}" for value in one.percentiles_s)
         counts = [f"{one.audio_tokens:,}", f"{one.text_tokens:,}", str(one.bad_lines)]
         rows.append([name, f"{one.examples:,}", f"{one.hours:.2f}", spread, *counts, tasks])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    padded = (map(str.ljust, row, widths) for row in rows)
+    return _aligned(rows)
+
+
+def histogram_table(stats: Mapping[str, SourceStats]) -> str:
+    """How many examples of each source are how long, as text: a row for every stretch of seconds that has any."""
+    rows = [["seconds", *stats]]
+    for place, (low, high) in enumerate(pairwise(BINS_S)):
+        counts = [one.histogram[place] for one in stats.values()]
+        if any(counts):
+            rows.append([f"{low:g} to {high:g}", *(f"{count:,}" for count in counts)])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = (map(str.ljust, row, widths) for row in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
 

@@ -23,7 +23,14 @@ from qwen2audio_train.data.manifest import read_manifest
 from qwen2audio_train.data.remote import Remote
 from qwen2audio_train.data.shards import ShardOptions, write_shards
 from qwen2audio_train.data.sources import find_manifests, good_examples
-from qwen2audio_train.data.stats import IndexOptions, draw_histogram, index_sources, stats_of, stats_table
+from qwen2audio_train.data.stats import (
+    IndexOptions,
+    draw_histogram,
+    histogram_table,
+    index_sources,
+    stats_of,
+    stats_table,
+)
 from tests.data.corpora import fingerprint, small_config, write_corpus
 
 
@@ -171,11 +178,18 @@ def test_stats(options: ShardOptions, tmp_path: Path) -> None:
     one = stats["a"]
     assert (one.examples, one.bad_lines, one.text_tokens) == (41, 0, 0)
     assert one.hours == pytest.approx((40 * 0.55 + 0.25 + 0.1) / 3600, rel=1e-4)
-    assert one.tasks == {"asr": 40, "ChatExample": 1}
+    assert one.tasks == {"asr": 40, "chat": 1}
     assert sum(one.histogram) == 41
     assert one.percentiles_s[3] == pytest.approx(1.0)
     head, row = stats_table(stats).splitlines()
     assert row.split()[:3] == ["a", "41", "0.01"]
+    assert [line.split() for line in histogram_table(stats).splitlines()[1:]] == [
+        ["0", "to", "1", "40"],
+        ["1", "to", "2", "1"],
+    ]
+    twice = [options.manifests[0], str(tmp_path / "b" / "a.jsonl")]
+    write_corpus(tmp_path / "b", "a", [0.2])
+    assert list(index_sources(IndexOptions(twice, num_workers=0, cache_dir=str(tmp_path / "cache")))) == twice
     draw_histogram(found, str(tmp_path / "h.png"))
     assert (tmp_path / "h.png").stat().st_size > 5000
     assert head.startswith("source")
