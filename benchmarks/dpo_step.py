@@ -1,7 +1,7 @@
 """A step of DPO side by side: packed trees under our trainer, and TRL's own trainer on padded, unshared rows.
 
-    python benchmarks/dpo_step.py            # 8 pairs a step, 6 steps
-    python benchmarks/dpo_step.py --quick    # 4 pairs a step, 3 steps: about three minutes of one core
+    python benchmarks/dpo_step.py --save dpo_step.cpu2   # 4 pairs a step, 4 steps; kept in benchmarks/results/
+    python benchmarks/dpo_step.py --quick                # 2 pairs a step, 3 steps, both sides at a time on two cores
     python benchmarks/dpo_step.py --device cuda --dtype bfloat16
 
 TRL's side has a minimal collator: its own for the ids, and every clip as 30 s of padded features that are repeated for
@@ -28,6 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from record import save
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -256,21 +258,28 @@ def main() -> None:
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", metavar="NAME", help="keep the figures in benchmarks/results/NAME.json")
     parser.add_argument("--only", nargs=2, metavar=("SIDE", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.pairs = options.pairs or (4 if options.quick else 8)
-    options.steps = options.steps or (3 if options.quick else 6)
+    options.pairs = options.pairs or (2 if options.quick else 4)
+    options.steps = options.steps or (3 if options.quick else 4)
     if options.only:
         print(json.dumps(run(*options.only, options)))
         return
-    found = {(side, kind): in_own_process(side, kind, options) for kind in KINDS for side in ("stock", "ours")}
+    ways = [(side, kind) for kind in KINDS for side in ("stock", "ours")]
+    with ThreadPoolExecutor(2 if options.quick and options.device == "cpu" else 1) as pool:
+        found = dict(zip(ways, pool.map(lambda way: in_own_process(*way, options), ways), strict=True))
     for (side, kind), result in found.items():
         print(f"{side:5} {kind:11} {result['seconds_per_step']:8.3f} s a step  {result['memory_mib']:8.0f} MiB")
     for kind in KINDS:
         stock, ours = found["stock", kind]["losses"], found["ours", kind]["losses"]
         if not np.allclose(stock, ours, rtol=0, atol=TOLERANCE[options.dtype]):
             sys.exit(f"{kind}: the losses differ, so the times mean nothing: stock {stock}, ours {ours}")
-    print(json.dumps({"speedup": ratios(found, "seconds_per_step"), "memory_ratio": ratios(found, "memory_mib")}))
+    figures = {"speedup": ratios(found, "seconds_per_step"), "memory_ratio": ratios(found, "memory_mib")}
+    if options.save:
+        settings = {name: getattr(options, name) for name in ("device", "dtype", "pairs", "steps", "threads")}
+        save(options.save, {**figures, "settings": settings, "ways": {" ".join(way): found[way] for way in ways}})
+    print(json.dumps(figures))
 
 
 def in_own_process(side: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
