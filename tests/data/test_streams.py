@@ -84,6 +84,13 @@ def test_resumed_is_uninterrupted(
         assert [step_content(step) for step in take_steps(resumed, 4)] == whole[stop : stop + 4]
 
 
+def test_split_within_the_step_may_change_too(config: DataConfig, tokenizer: Tok, whole: list[Any]) -> None:
+    (first,) = ranks(dataclasses.replace(config, packs_per_forward=4), tokenizer, 1)
+    take_steps([first], 3)
+    rest = take_steps(ranks(config, tokenizer, 1, first.state_dict()), 3)
+    assert [step_content(step) for step in rest] == whole[3:6]
+
+
 def test_steps_are_whole_and_fillers_make_up(config: DataConfig, tokenizer: Tok) -> None:
     loaders = ranks(config, tokenizer, 3)
     assert [loader.batches_per_step for loader in loaders] == [2, 2, 2]
