@@ -65,10 +65,12 @@ COMBINATIONS = (
     _row("none", "lora qlora", "none", "false", BOTH, ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
     _row("0 1 2", "none lora qlora", "none", "false", BOTH, ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
     _row("none 0 1 2", "qlora", "none", "false", BOTH, ADAMW, "needs bitsandbytes and a GPU; untested"),
-    _row("1 2 3", "none lora", "optimizer", "false", BOTH, frozenset({"adamw_torch"}), "tested on CPU with two ranks"),
+    _row("1 2 3", "none", "optimizer", "false", "float32", frozenset({"adamw_torch"}), "tested on CPU with two ranks"),
     _row(
-        "3", "none lora", "parameters both", "false", BOTH, frozenset({"adamw_torch"}), "tested on CPU with two ranks"
+        "3", "none", "parameters both", "false", "float32", frozenset({"adamw_torch"}), "tested on CPU with two ranks"
     ),
+    _row("1 2 3", "none lora", "optimizer", "false", BOTH, frozenset({"adamw_torch"}), "of these, some were tried"),
+    _row("3", "none lora", "parameters both", "false", BOTH, frozenset({"adamw_torch"}), "of these, some were tried"),
 )
 
 KEYS = {
