@@ -120,7 +120,7 @@ def _common(record: Record, keys: tuple[str, ...]) -> dict[str, Any]:
     record.check_keys(COMMON_KEYS + keys)
     if not isinstance(record.get("meta"), (dict, type(None))):
         raise record.error("meta", "an object")
-    source = record.optional_text("source") or Path(record.file).stem
+    source = record.optional_text("source") or os.path.splitext(os.path.basename(record.file))[0]
     return {"id": record.text("id"), "source": source, "meta": record.get("meta") or {}}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from string import Formatter
 from typing import Any, Literal
@@ -28,7 +28,7 @@ class PromptTemplate:
     prompt: str
     answer_prefix: str = ""
 
-    @property
+    @cached_property
     def fields(self) -> frozenset[str]:
         """Fields of the example that the template names."""
         return _placeholders(self.prompt) | _placeholders(self.answer_prefix)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ class Sample:
         mels: (num_mel_bins, mel_columns(L)) float32 each.
         clip_frames: L of every mel.
         weight: factor on the weight of every label (`batch.pack` explains the weightings).
+        decode_s: seconds that reading and decoding its audio took.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Sample:
     clip_frames: tuple[int, ...] = ()
     source_id: int = 0
     weight: float = 1.0
+    decode_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -100,13 +103,16 @@ def materialise(
         for_generation=for_generation,
     )
     contents = audio_bytes if audio_bytes is not None else [None] * len(rendered.clips)
+    began = time.perf_counter()
     waveforms = [load_audio(clip, data, options.limits) for clip, data in zip(rendered.clips, contents, strict=True)]
+    decode_s = time.perf_counter() - began
     _check_durations(rendered, waveforms)
     if augment_waveform is not None:
         waveforms = [augment_waveform(waveform) for waveform in waveforms]
-    return build_sample(
+    sample = build_sample(
         rendered, waveforms, tokenizer, options, source_id=source_id, weight=weight, augment_mel=augment_mel
     )
+    return replace(sample, decode_s=decode_s)
 
 
 def build_sample(
@@ -148,6 +154,8 @@ def build_sample(
 
 def _windows(waveform: np.ndarray) -> list[np.ndarray]:
     """The encoder windows of a clip: itself up to 30 s, else consecutive pieces."""
+    if len(waveform) <= MAX_SAMPLES:
+        return [waveform]
     return np.split(waveform, np.cumsum(window_samples(len(waveform)))[:-1])
 
 

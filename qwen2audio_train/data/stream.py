@@ -38,11 +38,15 @@ Materialise = Callable[[Example, int, int], Sample]
 
 @dataclass(frozen=True)
 class Made:
-    """What a worker hands back beside the tensors: the examples that it could not use, and the seconds it took."""
+    """What a worker hands back beside the tensors: the examples that it could not use, and the seconds it took.
+
+    Decoding has `decode_s` of the `seconds`.
+    """
 
     num_examples: int
     bad: list[BadExample]
     seconds: float
+    decode_s: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class PackDataset(Dataset[tuple[Batch, Made]]):
                 samples.append(self.materialise(example, source, number))
             except Exception as error:  # whatever is wrong with an example costs this example alone
                 bad.append(BadExample.of(error, name, self.names[source]))
-        return self.collate(samples), Made(len(rows), bad, time.perf_counter() - began)
+        decode_s = sum(sample.decode_s for sample in samples)
+        return self.collate(samples), Made(len(rows), bad, time.perf_counter() - began, decode_s)
 
 
 @dataclass
@@ -155,7 +160,7 @@ class PackLoader:
                 if item is None:
                     return
                 batch, info = item
-                self.telemetry.add_work(info.seconds, time.perf_counter() - began, info.bad)
+                self.telemetry.add_work(info.seconds, info.decode_s, time.perf_counter() - began, info.bad)
                 self.quarantine.add(info.num_examples, info.bad)
                 if place + 1 == self.batches_per_step:
                     self._done += 1

@@ -42,6 +42,7 @@ class StreamMade:
     too_long: list[int] = field(default_factory=list)
     num_packs: int = 0
     seconds: float = 0.0
+    decode_s: float = 0.0
 
 
 class StreamDataset(IterableDataset[tuple[Batch, StreamMade]]):
@@ -80,6 +81,7 @@ class StreamDataset(IterableDataset[tuple[Batch, StreamMade]]):
                 made.drawn.append((item.source, item.number, item.measured.duration_s, item.tokens))
                 self._add(samples, made, item, stream.sources[item.source].name)
         made.seconds = time.perf_counter() - began
+        made.decode_s = sum(sample.decode_s for sample in samples)
         return self.collate(samples), made
 
     def _add(self, samples: list[Sample], made: StreamMade, item: Drawn, source: str) -> None:
@@ -166,7 +168,7 @@ class StreamLoader:
                 yield batch
 
     def _count(self, made: StreamMade, wait_s: float) -> None:
-        self.telemetry.add_work(made.seconds, wait_s, made.bad)
+        self.telemetry.add_work(made.seconds, made.decode_s, wait_s, made.bad)
         drawn = np.array(made.drawn, dtype=np.float64).reshape(-1, 4)
         for source in np.unique(drawn[:, 0]).astype(int).tolist():
             here = drawn[drawn[:, 0] == source]

@@ -29,7 +29,7 @@ class Telemetry:
 
     def _reset(self) -> None:
         self._tokens = self._packs = 0
-        self._wait_s = self._work_s = 0.0
+        self._wait_s = self._work_s = self._decode_s = 0.0
         self._bad: dict[str, int] = {}
 
     def add_examples(self, source: int, number: int, seconds: float, last_pass: int) -> None:
@@ -47,9 +47,11 @@ class Telemetry:
         self._packs += number
         self._tokens += tokens
 
-    def add_work(self, work_s: float, wait_s: float, bad: Sequence[BadExample]) -> None:
-        """Count a batch of this rank: seconds of work in its worker, seconds waited for it, what it could not hold."""
+    def add_work(self, work_s: float, decode_s: float, wait_s: float, bad: Sequence[BadExample]) -> None:
+        """Count a batch of this rank: seconds of work in its worker, those of them that went into reading and decoding
+        audio, seconds waited for it, and what it could not hold."""
         self._work_s += work_s
+        self._decode_s += decode_s
         self._wait_s += wait_s
         for item in bad:
             self._bad[item.source] = self._bad.get(item.source, 0) + 1
@@ -58,11 +60,15 @@ class Telemetry:
         """Figures for the log; those that are no totals cover the time since the last call, on this rank.
 
         `<source>/examples`, `/hours`, `/pass`, `/share` and `/weight` (drawn so far, and as configured), `/too_long`,
-        `/quarantined`; `fill` = tokens of a pack over its budget; `wait_s`, `materialise_s`. The totals of indexed
-        sources cover all ranks, those of streams this rank.
+        `/quarantined`; `fill` = tokens of a pack over its budget; `wait_s`, `materialise_s` and, within
+        it, `decode_s`. The totals of indexed sources cover all ranks, those of streams this rank.
         """
         total = max(int(self.examples.sum()), 1)
-        log: dict[str, float] = {"wait_s": self._wait_s, "materialise_s": self._work_s}
+        log: dict[str, float] = {
+            "wait_s": self._wait_s,
+            "materialise_s": self._work_s,
+            "decode_s": self._decode_s,
+        }
         if self._packs and self.tokens_per_pack is not None:
             log["fill"] = self._tokens / (self._packs * self.tokens_per_pack)
         for number, (name, weight) in enumerate(self.weights.items()):

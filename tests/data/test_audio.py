@@ -227,3 +227,37 @@ def outcome(data: bytes) -> int | str:
         return str(error)
     assert np.isfinite(waveform).all()
     return len(waveform)
+
+
+@pytest.mark.parametrize(("subtype", "channels", "rate"), [("PCM_16", 1, 16_000), ("PCM_24", 2, 16_000)])
+def test_whole_flac_files_hold_what_libsndfile_reads_in_them(
+    tmp_path: Path, subtype: str, channels: int, rate: int
+) -> None:
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-1, 1, (20_001, channels))
+    soundfile.write(path, noise, rate, subtype=subtype)
+    expected = soundfile.read(path, dtype="float32", always_2d=True)[0]
+    for channel in range(channels):
+        for data in (None, path.read_bytes()):
+            assert np.array_equal(load_audio(Clip(str(path), None, channel=channel), data), expected[:, channel])
+    # A slice is libsndfile's: it can begin in the middle.
+    sliced = load_audio(Clip(str(path), None, 0.0, 1.0, channel=0))
+    assert np.array_equal(sliced, expected[:16_000, 0])
+
+
+def test_damaged_flac_files_are_refused_or_hold_the_very_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    rng = np.random.default_rng(0)
+    soundfile.write(path, rng.normal(0, 0.1, 8_000).clip(-1, 1), 16_000)
+    good, expected = path.read_bytes(), load_audio(clip(path))
+    outcomes = []
+    for _ in range(300):
+        data = bytearray(good)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        try:
+            outcomes.append(np.array_equal(load_audio(clip("a.flac"), bytes(data)), expected))
+        except AudioError:
+            outcomes.append(None)
+    assert outcomes.count(None) > 100
+    assert False not in outcomes

@@ -101,6 +101,7 @@ def test_weights_are_respected(config: DataConfig, tokenizer: Tok) -> None:
     assert log["b/share"] == pytest.approx(0.75, abs=0.005)
     assert log["b/weight"] == 0.75
     assert log["b/pass"] == 10  # 255 draws from 25 examples: in its eleventh pass
+    assert 0 < log["decode_s"] < log["materialise_s"]
     assert log["a/hours"] == pytest.approx(log["a/examples"] * 0.35 / 3600, rel=0.1)
 
 

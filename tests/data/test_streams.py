@@ -113,6 +113,7 @@ def test_weights_and_telemetry(config: DataConfig, tokenizer: Tok) -> None:
     assert log["a/pass"] > 1
     assert log["a/hours"] == pytest.approx(log["a/examples"] * 0.3 / 3600, rel=0.15)
     assert 0.8 < log["fill"] <= 1
+    assert 0 < log["decode_s"] < log["materialise_s"]
     assert log["a/quarantined"] == log["b/quarantined"] == 0
 
 
