@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workload import Example, Workload
 
+from qwen2audio_train.config import CheckpointingPolicy
 from qwen2audio_train.data.batch import pack
 from qwen2audio_train.data.sample import build_sample
 from qwen2audio_train.layout import SAMPLING_RATE, num_audio_tokens, num_encoder_frames
+from qwen2audio_train.model.checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.loss import label_nll
 from qwen2audio_train.model.packed import PackedOutput, PackedQwen2Audio, PackedQwen2AudioModel
 from qwen2audio_train.training.seams import RunFiles
@@ -107,12 +109,14 @@ def our_trainer(
     whole: type[PackedQwen2Audio] = PackedQwen2Audio,
     inner: type[PackedQwen2AudioModel] = PackedQwen2AudioModel,
     packs: type[Packs] = Packs,
+    recomputed: Sequence[str] = ("audio_tower", "language_model"),
 ) -> Trainer:
-    """Our trainer; the classes of the model and of its batches hold the tricks."""
+    """Our trainer; the classes of the model and of its batches hold the tricks, but for what layers keep."""
 
     def make(config: Any) -> PackedQwen2Audio:
         model = whole(config)
         model.model.__class__ = inner
+        set_activation_checkpointing(model, recomputed, CheckpointingPolicy.selective)
         return model
 
     return AudioTrainer(
@@ -130,4 +134,5 @@ OUR_ARMS = {
     "without_packed_encoder": partial(our_trainer, inner=PaddedEncoder, packs=PaddedPacks),
     "without_packed_decoder": partial(our_trainer, whole=PaddedDecoder),
     "without_label_head": partial(our_trainer, whole=WholeHead),
+    "without_selective": partial(our_trainer, recomputed=()),
 }

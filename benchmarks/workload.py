@@ -39,7 +39,7 @@ from qwen2audio_train.data.render import Rendered, Text, render, rendered_text
 from qwen2audio_train.data.tokenizer import build_processor, train_tokenizer
 from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_samples_of
 
-CLIPS = {"3s": 10, "lognormal": 10, "librispeech": 10, "30s": 2}
+CLIPS = {"3s": 8, "lognormal": 9, "librispeech": 9, "30s": 2}
 """Clips of a forward. The more there are, the more of a padded row is padding, where lengths differ."""
 
 LABELS_PER_S = 3

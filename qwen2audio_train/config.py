@@ -44,6 +44,11 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class CheckpointingPolicy(StrEnum):
+    full = "full"
+    selective = "selective"
+
+
 class AdapterKind(StrEnum):
     none = "none"
     lora = "lora"
@@ -101,6 +106,7 @@ class ModelConfig:
         dtype: type of the stored weights; mixed precision is `trainer.bf16`.
         freeze: parts that are not trained.
         activation_checkpointing: modules (`audio_tower`, `language_model`) whose activations are recomputed.
+        activation_checkpointing_policy: `full` recomputes whole layers, `selective` all but products and attention.
         compile: compile the decoder and encoder blocks with `torch.compile`.
         encoder_cache_dir: folder for the outputs of a frozen tower, which a later epoch reads instead of running it.
         encoder_cache_max_gib: bound of that folder; beyond it the tower runs for what is not there.
@@ -116,6 +122,7 @@ class ModelConfig:
     dtype: Dtype = Dtype.float32
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     activation_checkpointing: list[str] = field(default_factory=list, metadata={"choices": LAYERED})
+    activation_checkpointing_policy: CheckpointingPolicy = CheckpointingPolicy.full
     compile: bool = False
     encoder_cache_dir: str | None = None
     encoder_cache_max_gib: float = at_least(0, 64.0)
@@ -318,7 +325,17 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
     _refuse(out_of_bounds(config))
     if isinstance(config, StageConfig) and (refused := refusal(_choice(config))):
         raise ConfigError(refused)
+    if isinstance(config, StageConfig) and config.model.compile and _is_selective(config.model):
+        raise ConfigError(
+            "model.activation_checkpointing_policy=selective with model.compile=true: a compiled block decides itself "
+            "what it keeps; take one of the two"
+        )
     return config
+
+
+def _is_selective(model: ModelConfig) -> bool:
+    selective = model.activation_checkpointing_policy is CheckpointingPolicy.selective
+    return selective and bool(model.activation_checkpointing)
 
 
 def _refuse(reasons: Iterable[str]) -> None:

@@ -49,7 +49,7 @@ def log_mel(waveform: np.ndarray, num_mel_bins: int = NUM_MEL_BINS) -> tuple[np.
     power = torch.hypot(real, imaginary).square_()
     log = _filtered(power.T, _bands(num_mel_bins))[:, :visible].clamp_(min=1e-10).log10_()
     mel = torch.zeros(num_mel_bins, mel_columns(frames))
-    torch.clamp(log, min=log.max() - 8.0, out=mel[:, :visible]).add_(4.0).div_(4.0)
+    torch.clamp(log, min=log.max() - 8.0, out=mel[:, :visible]).add_(4.0).mul_(0.25)
     return mel.numpy(), frames
 
 

@@ -64,18 +64,18 @@ def packed_attention_forward(
             f"packed attention found dropout {dropout} and sliding_window {kwargs.get('sliding_window')}; "
             "it supports neither: set attention_dropout to 0 and use_sliding_window to false in the model's config"
         )
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    q, k, v = query, key, value
     if torch.is_autocast_enabled(q.device.type):
         # Rotary positions of float32 weights make float32 of queries and keys: the kernel would not take them.
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if key_index is not None:
-        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
+        k, v = k.index_select(2, key_index), v.index_select(2, key_index)
     causal = bool(module.is_causal)
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         out = _varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal, scale=scaling)
-    else:
-        out = _by_segment(q, k, v, cu_q, cu_k, causal=causal, scale=scaling)
-    return out.unsqueeze(0), None
+        return out.unsqueeze(0), None
+    return _by_segment(q, k, v, cu_q, cu_k, causal=causal, scale=scaling), None
 
 
 def _varlen(
@@ -118,23 +118,17 @@ def _varlen_parameters() -> frozenset[str]:
 def _by_segment(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool, scale: float | None
 ) -> Tensor:
-    """One scaled_dot_product_attention per segment, for CPU and for float32 on CUDA; (N, H, D)."""
+    """One scaled_dot_product_attention per segment, for CPU and for float32 on CUDA; (1, H, N, D) to (1, N, H, D)."""
     q_lengths, k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
     gqa = q.size(1) != k.size(1)
     outputs = []
-    for qs, ks, vs in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
-        num_q, num_k = len(qs), len(ks)
+    for qs, ks, vs in zip(q.split(q_lengths, 2), k.split(k_lengths, 2), v.split(k_lengths, 2), strict=True):
+        num_q, num_k = qs.size(2), ks.size(2)
         mask = None
         if causal and num_q != num_k:
             mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
         out = F.scaled_dot_product_attention(
-            qs.transpose(0, 1).unsqueeze(0),
-            ks.transpose(0, 1).unsqueeze(0),
-            vs.transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            scale=scale,
-            enable_gqa=gqa,
+            qs, ks, vs, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=gqa
         )
-        outputs.append(out[0].transpose(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        outputs.append(out.transpose(1, 2))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

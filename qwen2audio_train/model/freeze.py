@@ -1,14 +1,12 @@
-"""What is trained and at which rate: freezing, parameter groups, activation checkpointing, all by part of the model."""
+"""What is trained and at which rate: freezing and parameter groups, by part of the model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from qwen2audio_train.config import ConfigError, FreezeConfig
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
@@ -95,23 +93,3 @@ def _layers_below_top(name: str, layers: int) -> int:
     if match := _ENCODER_LAYER.search(name):
         return layers - 1 - int(match[1])
     return layers if re.search(r"\.conv[12]\.", name) else 0
-
-
-def set_activation_checkpointing(model: nn.Module, parts: Collection[str], *, use_reentrant: bool = False) -> None:
-    """Recompute the activations of the layers of `parts` (`audio_tower`, `language_model`) in backward.
-
-    The choice outlives `gradient_checkpointing_enable` and `..._disable`, with which TRL switches it off for the
-    reference model's pass.
-
-    Raises:
-        ValueError: a part without layers.
-    """
-    known = {"audio_tower", "language_model"}
-    if unknown := set(parts) - known:
-        raise ConfigError(f"model.activation_checkpointing: {', '.join(sorted(unknown))} is not one of {sorted(known)}")
-    inner = unwrap(model)
-    inner.checkpointed_parts = tuple(sorted(parts))
-    inner._set_gradient_checkpointing(bool(parts), partial(checkpoint, use_reentrant=use_reentrant))
-    if use_reentrant:
-        # It gives gradients only to what depends on an input that requires one: under an adapter none does.
-        inner.enable_input_require_grads()

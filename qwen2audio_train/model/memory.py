@@ -97,6 +97,7 @@ def step_memory(
     adapter_parameters: int = 0,
     adapted: Collection[str] = (),
     checkpointed: Collection[str] = (),
+    selective: bool = False,
     stage: int = 0,
     ranks: int = 1,
     precision: str = "bfloat16",
@@ -112,7 +113,7 @@ def step_memory(
         parameters: per part, as `build.parameter_counts` gives them.
         trained: parts whose weights are trained.
         adapter_parameters: size of the low-rank adapters, all of them; `adapted`: the parts that they lie in.
-        checkpointed: parts whose layers recompute their activations.
+        checkpointed: parts whose layers recompute their activations; `selective`: but for products and attention.
         stage, ranks: of ZeRO.
         precision: a key of `PRECISIONS`.
         state_bytes: of `optimizer_bytes`; the default is AdamW's under DeepSpeed in bfloat16.
@@ -131,7 +132,9 @@ def step_memory(
         weights=casts + (0 if offload_parameters else weights),
         gradients=(size.weight * learned + ADAPTER_BYTES * adapter_parameters) / (ranks if stage >= 2 else 1),
         optimizer=0 if offload_optimizer else optimizer,
-        activations=activation_bytes(config, load, flows=flows, checkpointed=checkpointed, precision=precision),
+        activations=activation_bytes(
+            config, load, flows=flows, checkpointed=checkpointed, selective=selective, precision=precision
+        ),
         head=head_bytes(config, load.labels, trained="lm_head" in trained, precision=precision),
         host=optimizer * offload_optimizer + weights * offload_parameters,
     )
@@ -147,6 +150,7 @@ def activation_bytes(
     *,
     flows: Collection[str],
     checkpointed: Collection[str],
+    selective: bool = False,
     precision: str = "bfloat16",
 ) -> int:
     """Bytes that backward needs of forward.
@@ -162,12 +166,14 @@ def activation_bytes(
     if "audio_tower" in flows:
         whole = frames * encoder_layer_bytes(audio, precision)
         recomputed = "audio_tower" in checkpointed
-        kept = frames * stream * audio.d_model if recomputed else whole
+        products = selective * encoder_product_bytes(audio, precision)
+        kept = frames * (stream * audio.d_model + products) if recomputed else whole
         tower = audio.encoder_layers * kept + convolution_bytes(audio, sum(load.clip_frames), precision)
         one_encoder_layer = whole * recomputed
     whole = load.tokens * decoder_layer_bytes(text, precision)
     recomputed = "language_model" in checkpointed
-    kept = load.tokens * stream * text.hidden_size if recomputed else whole
+    products = selective * decoder_product_bytes(text, precision)
+    kept = load.tokens * (stream * text.hidden_size + products) if recomputed else whole
     merged = stream * text.hidden_size * (load.tokens + sum(num_audio_tokens(f) for f in load.clip_frames))
     language_model = merged + text.num_hidden_layers * kept + whole * recomputed
     # The tower's layers are computed again when nothing is left of the language model's.
@@ -199,6 +205,17 @@ def decoder_layer_bytes(text: Any, precision: str = "bfloat16") -> int:
     size = PRECISIONS[precision]
     heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
     return int(size.text_norms * text.hidden_size + size.matmul * (heads + 4 * text.intermediate_size))
+
+
+def encoder_product_bytes(audio: Any, precision: str = "bfloat16") -> int:
+    """Bytes of what the products and the attention of one encoder layer give for one frame."""
+    return int(PRECISIONS[precision].matmul * (6 * audio.d_model + audio.encoder_ffn_dim))
+
+
+def decoder_product_bytes(text: Any, precision: str = "bfloat16") -> int:
+    """Bytes of what the products and the attention of one decoder layer give for one token."""
+    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
+    return int(PRECISIONS[precision].matmul * (heads + 2 * text.hidden_size + 2 * text.intermediate_size))
 
 
 def head_bytes(config: Qwen2AudioConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:

@@ -10,6 +10,7 @@ model. A preference batch has B pairs in rows of T tokens besides.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -170,6 +171,9 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
     checkpointed_parts: tuple[str, ...] = ("audio_tower", "language_model")
     """Parts whose layers recompute their activations when gradient checkpointing is on."""
 
+    checkpoint_function: Callable[..., Any] | None = None
+    """How they do: see `checkpointing.set_activation_checkpointing`; None is the way that transformers asks for."""
+
     def __init__(self, config: Qwen2AudioConfig) -> None:
         register_packed_attention()
         register_weight_names()
@@ -203,7 +207,9 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         return PackedOutput(nll_sum=loss.nll_sum, weight_sum=weight.float().sum(), nll=loss.nll, correct=loss.correct)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Stock, then off again in the parts that were not asked for: see `freeze.set_activation_checkpointing`."""
+        """Stock, then off again in the parts that were not asked for: see `checkpointing`."""
+        if self.checkpoint_function is not None:
+            kwargs["gradient_checkpointing_func"] = self.checkpoint_function
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
         for part in {"audio_tower", "language_model"} - set(self.checkpointed_parts):
             for module in getattr(self.model, part).modules():

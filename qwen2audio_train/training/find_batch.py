@@ -18,7 +18,8 @@ from qwen2audio_train.data.sample import Sample
 from qwen2audio_train.layout import mel_columns, num_audio_tokens
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.build import architecture_config
-from qwen2audio_train.model.freeze import set_activation_checkpointing, set_trainable
+from qwen2audio_train.model.checkpointing import set_activation_checkpointing
+from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from qwen2audio_train.training import stage
 from qwen2audio_train.training.arguments import forwards_per_step
@@ -126,7 +127,9 @@ def stepper(plan: Plan, typical: Typical, forwards: int) -> tuple[Callable[[int]
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     model: Any = apply_adapter(random_model(config), config.adapter)
-    set_activation_checkpointing(model, config.model.activation_checkpointing)
+    set_activation_checkpointing(
+        model, config.model.activation_checkpointing, config.model.activation_checkpointing_policy
+    )
     if config.model.compile:
         stage.compile_blocks(model)
     model.train()

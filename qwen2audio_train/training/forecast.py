@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from qwen2audio_train.config import ConfigError, Objective, Reference, Stage, StageConfig
+from qwen2audio_train.config import CheckpointingPolicy, ConfigError, Objective, Reference, Stage, StageConfig
 from qwen2audio_train.config_check import at_least
 from qwen2audio_train.evaluation.table import aligned
 from qwen2audio_train.model.build import architecture_config
@@ -167,6 +167,7 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
     adapter = sum(plan.adapter.values())
     adapted = [part for part, count in plan.adapter.items() if count]
     checkpointed = config.model.activation_checkpointing
+    selective = config.model.activation_checkpointing_policy is CheckpointingPolicy.selective
     stage, precision = config.deepspeed.stage, precision_of(config)
     copies = 2 if has_frozen_reference(config) else 1
     float32_copy = stage is not None and precision == "bfloat16"
@@ -178,6 +179,7 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
         adapter_parameters=adapter,
         adapted=adapted,
         checkpointed=checkpointed,
+        selective=selective,
         stage=stage or 0,
         ranks=options.gpus,
         precision=precision,
@@ -188,7 +190,7 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
     )
     passes = {"trained": trained, "adapted": adapted}
     useful = sum(training_flops(architecture, load, **passes).values())
-    flops = sum(training_flops(architecture, load, **passes, checkpointed=checkpointed).values())
+    flops = sum(training_flops(architecture, load, **passes, checkpointed=() if selective else checkpointed).values())
     if config.stage is Stage.dpo and config.preference.reference is not Reference.cached:
         reference = sum(forward_flops(architecture, load).values())
         useful, flops = useful + reference, flops + reference

@@ -43,8 +43,9 @@ from qwen2audio_train.data.stream import PackLoader
 from qwen2audio_train.data.tokenizer import as_qwen2_audio, save_processor, train_tokenizer
 from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
+from qwen2audio_train.model.checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.encoder_cache import attach_encoder_cache
-from qwen2audio_train.model.freeze import set_activation_checkpointing, set_trainable
+from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 from qwen2audio_train.training import checkpoint as folders
 from qwen2audio_train.training.seams import PackedSeams, RunFiles
@@ -191,7 +192,9 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
         adapted = apply_adapter(model, config.adapter, autocast_adapter_dtype=config.deepspeed.stage != 3)
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ConfigError("model.freeze: every part is frozen and there is no adapter, so there is nothing to train")
-    set_activation_checkpointing(adapted, config.model.activation_checkpointing, use_reentrant=False)
+    set_activation_checkpointing(
+        adapted, config.model.activation_checkpointing, config.model.activation_checkpointing_policy
+    )
     attach_encoder_cache(unwrap(adapted), config, process().num_processes)
     if config.model.compile:
         compile_blocks(adapted)

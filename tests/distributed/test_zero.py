@@ -24,6 +24,8 @@ from tests.distributed.zero_worker import WORLD, alone
         (3, "lora"),
         (3, "checkpointed"),
         (3, "lora checkpointed"),
+        (2, "selective checkpointed"),
+        (3, "lora selective checkpointed"),
     ],
 )
 def test_ranks_equal_one_process(stage: int, mode: str, tmp_path: Path) -> None:

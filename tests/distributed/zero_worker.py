@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind, FreezeConfig
+from qwen2audio_train.config import AdapterConfig, AdapterKind, CheckpointingPolicy, FreezeConfig
 from qwen2audio_train.model.adapters import apply_adapter
-from qwen2audio_train.model.freeze import set_activation_checkpointing, set_trainable
+from qwen2audio_train.model.checkpointing import set_activation_checkpointing
+from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config
 
@@ -47,7 +48,8 @@ def build(mode: str) -> nn.Module:
     else:
         adapted = model
     if mode.endswith("checkpointed"):
-        set_activation_checkpointing(adapted, ["audio_tower", "language_model"])
+        policy = CheckpointingPolicy.selective if "selective" in mode else CheckpointingPolicy.full
+        set_activation_checkpointing(adapted, ["audio_tower", "language_model"], policy)
     return adapted
 
 

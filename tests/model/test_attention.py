@@ -132,7 +132,8 @@ def old_varlen(
     assert max_q == int(cu_q.diff().max())
     assert max_k == int(cu_k.diff().max())
     assert q.size(1) == k.size(1)
-    return _by_segment(q, k, v, cu_q, cu_k, causal=is_causal, scale=scale)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return _by_segment(q, k, v, cu_q, cu_k, causal=is_causal, scale=scale)[0]
 
 
 def new_varlen(
@@ -164,10 +165,11 @@ def test_arguments_of_the_kernel_in_old_and_new_torch(
 ) -> None:
     """No GPU is needed to see that causality, scale and grouped heads arrive."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
-    q, k, v = (heads(h, 9, i).squeeze(0).transpose(0, 1) for i, h in enumerate((HEADS, 2, 2)))
-    cu_q, cu_k = borders([4, 3, 2]), borders([4, 3, 2])
-    out = _varlen(q, k, v, cu_q, cu_k, 4, 4, causal=causal, scale=0.3)
-    assert torch.allclose(out, _by_segment(q, k, v, cu_q, cu_k, causal=causal, scale=0.3), atol=1e-6)
+    rows = [heads(h, 9, i) for i, h in enumerate((HEADS, 2, 2))]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in rows)
+    cu = borders([4, 3, 2])
+    out = _varlen(q, k, v, cu, cu, 4, 4, causal=causal, scale=0.3)
+    assert torch.allclose(out, _by_segment(*rows, cu, cu, causal=causal, scale=0.3)[0], atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real kernel runs instead")

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen2audio_train.config import AdapterConfig, AdapterKind, FreezeConfig
 from qwen2audio_train.model.adapters import apply_adapter
@@ -11,7 +10,6 @@ from qwen2audio_train.model.freeze import (
     PARTS,
     parameter_groups,
     part_of,
-    set_activation_checkpointing,
     set_trainable,
 )
 from qwen2audio_train.model.packed import PackedQwen2Audio
@@ -75,33 +73,3 @@ def test_a_frozen_tower_keeps_no_graph(model: PackedQwen2Audio) -> None:
     assert model.model.encode(batch["mel"], batch["clip_frames"]).requires_grad
     set_trainable(model, FreezeConfig(audio_tower=True, multi_modal_projector=True))
     assert not model.model.encode(batch["mel"], batch["clip_frames"]).requires_grad
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("parts", [("audio_tower", "language_model"), ("language_model",), ("audio_tower",), ()])
-def test_checkpointing_changes_no_gradient(
-    model: PackedQwen2Audio, parts: tuple[str, ...], use_reentrant: bool
-) -> None:
-    batch = pack([random_row(torch.Generator().manual_seed(i), f) for i, f in enumerate([(40,), (), (7, 9)])])
-    grads = []
-    for chosen in ((), parts):
-        set_activation_checkpointing(model, chosen, use_reentrant=use_reentrant)
-        model.zero_grad()
-        model.train()(**batch).nll_sum.backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
-
-
-def test_the_choice_of_checkpointed_parts_outlives_switching_off_and_on(model: PackedQwen2Audio) -> None:
-    set_activation_checkpointing(model, ["language_model"])
-    model.gradient_checkpointing_disable()
-    model.gradient_checkpointing_enable()
-    on = {n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing}
-    assert on == {"model.language_model.layers.0", "model.language_model.layers.1"}
-
-
-def test_checkpointing_an_unknown_part_is_refused(model: PackedQwen2Audio) -> None:
-    with pytest.raises(ValueError, match="lm_head is not one of"):
-        set_activation_checkpointing(model, ["lm_head"])

@@ -1,0 +1,69 @@
+"""Which activations are kept for backward and which are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from qwen2audio_train.config import CheckpointingPolicy, ConfigError
+from qwen2audio_train.model.packed import unwrap
+
+KEPT_OPERATORS = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+    }
+)
+"""Operators whose outputs the selective policy keeps: the products and the attention, where a layer's time goes."""
+
+
+def set_activation_checkpointing(
+    model: nn.Module,
+    parts: Collection[str],
+    policy: CheckpointingPolicy = CheckpointingPolicy.full,
+    *,
+    use_reentrant: bool = False,
+) -> None:
+    """Recompute activations of the layers of `parts` (`audio_tower`, `language_model`) in backward.
+
+    Under the policy `full` a layer keeps its input alone and runs again. Under `selective` it keeps the outputs of
+    matrix products and attention too, and only norms, rotations, activations and gates are computed again.
+
+    The choice outlives `gradient_checkpointing_enable` and `..._disable`, with which TRL switches it off for the
+    reference model's pass.
+
+    Raises:
+        ConfigError: a part without layers.
+        ValueError: the selective policy with reentrant checkpoints, which know no policies.
+    """
+    known = {"audio_tower", "language_model"}
+    if unknown := set(parts) - known:
+        raise ConfigError(f"model.activation_checkpointing: {', '.join(sorted(unknown))} is not one of {sorted(known)}")
+    options: dict[str, Any] = {"use_reentrant": use_reentrant}
+    if policy is CheckpointingPolicy.selective:
+        if use_reentrant:
+            raise ValueError("the selective policy needs use_reentrant=False")
+        options |= {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    inner = unwrap(model)
+    inner.checkpointed_parts = tuple(sorted(parts))
+    inner.checkpoint_function = partial(checkpoint, **options)
+    inner._set_gradient_checkpointing(bool(parts))
+    if use_reentrant:
+        # It gives gradients only to what depends on an input that requires one: under an adapter none does.
+        inner.enable_input_require_grads()
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name: Callable[[], str] = operator.name
+    return CheckpointPolicy.MUST_SAVE if name() in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
