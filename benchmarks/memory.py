@@ -28,6 +28,8 @@ CLIP_S, PROMPT_TOKENS, LABEL_TOKENS = 6.0, 10, 24
 
 FLOAT32 = ("model.dtype=float32",)
 BF16 = ("model.dtype=bfloat16",)
+BOTH_FULL = ("model.activation_checkpointing=[audio_tower,language_model]",)
+BOTH_SELECTIVE = (*BOTH_FULL, "model.activation_checkpointing_policy=selective")
 CASES: dict[str, tuple[str, ...]] = {
     "float32, AdamW": FLOAT32,
     "float32, fused AdamW": (*FLOAT32, "trainer.optim=adamw_torch_fused"),
@@ -38,14 +40,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "bfloat16, AdamW with stochastic rounding": (*BF16, "trainer.optim=adamw_bf16_stochastic"),
     "float32, AdamW, language model checkpointed": (*FLOAT32, "model.activation_checkpointing=[language_model]"),
     "float32, AdamW, tower checkpointed": (*FLOAT32, "model.activation_checkpointing=[audio_tower]"),
-    "float32, AdamW, both checkpointed": (*FLOAT32, "model.activation_checkpointing=[audio_tower,language_model]"),
+    "float32, AdamW, both checkpointed": (*FLOAT32, *BOTH_FULL),
+    "float32, AdamW, both selectively checkpointed": (*FLOAT32, *BOTH_SELECTIVE),
     "float32, AdamW, frozen tower": (*FLOAT32, "model.freeze.audio_tower=true"),
     "float32, LoRA": (*FLOAT32, "adapter.kind=lora"),
-    "bfloat16, LoRA, both checkpointed": (
-        *BF16,
-        "adapter.kind=lora",
-        "model.activation_checkpointing=[audio_tower,language_model]",
-    ),
+    "bfloat16, LoRA, both checkpointed": (*BF16, "adapter.kind=lora", *BOTH_FULL),
+    "bfloat16, LoRA, both selectively checkpointed": (*BF16, "adapter.kind=lora", *BOTH_SELECTIVE),
 }
 QUICK = ("float32, AdamW", "bfloat16, AdamW with stochastic rounding", "float32, AdamW, both checkpointed")
 

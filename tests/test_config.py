@@ -208,6 +208,13 @@ def test_the_schema_asks_the_table(tmp_path: Path) -> None:
     assert "this combination is not supported" in refused("deepspeed.offload_optimizer=true", tmp_path)
 
 
+def test_a_compiled_block_takes_no_policy_of_what_it_keeps(tmp_path: Path) -> None:
+    selective = ["model.activation_checkpointing=[audio_tower]", "model.activation_checkpointing_policy=selective"]
+    training_arguments(recipe(tmp_path, tmp_path, *selective))
+    with pytest.raises(ConfigError, match=r"policy=selective with model\.compile=true.*take one of the two"):
+        training_arguments(recipe(tmp_path, tmp_path, *selective, "model.compile=true"))
+
+
 def test_bfloat16_under_deepspeed_needs_its_float32_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"model\.dtype=bfloat16 under DeepSpeed: set trainer\.bf16=true"):
