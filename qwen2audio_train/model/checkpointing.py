@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from qwen2audio_train.config import CheckpointingPolicy, ConfigError
 from qwen2audio_train.model.packed import unwrap
 
-KEPT_OPERATORS = frozenset(
+PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
+ATTENTION = frozenset(
     {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",
@@ -25,7 +22,8 @@ KEPT_OPERATORS = frozenset(
         "torch_attn::_varlen_attn",
     }
 )
-"""Operators whose outputs the selective policy keeps: the products and the attention, where a layer's time goes."""
+LOW_RANK = 8
+"""A product with so many times more columns than terms is cheaper to repeat than to keep: the second half of a LoRA."""
 
 
 def set_activation_checkpointing(
@@ -38,7 +36,7 @@ def set_activation_checkpointing(
     """Recompute activations of the layers of `parts` (`audio_tower`, `language_model`) in backward.
 
     Under the policy `full` a layer keeps its input alone and runs again. Under `selective` it keeps the outputs of
-    matrix products and attention too, and only norms, rotations, activations and gates are computed again.
+    matrix products and attention too; norms, rotations, activations, gates and low-rank products are computed again.
 
     The choice outlives `gradient_checkpointing_enable` and `..._disable`, with which TRL switches it off for the
     reference model's pass.
@@ -65,5 +63,11 @@ def set_activation_checkpointing(
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name: Callable[[], str] = operator.name
-    return CheckpointPolicy.MUST_SAVE if name() in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+    """Keep what attention gives, and matrix products but those of low rank: there a layer's time goes."""
+    name = operator.name()
+    if name in PRODUCTS:
+        terms, columns = args[-1].shape[-2:]
+        kept = LOW_RANK * terms > columns
+    else:
+        kept = name in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -6,12 +6,14 @@ import gc
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwen2audio_train.config import CheckpointingPolicy
+from qwen2audio_train.config import AdapterConfig, AdapterKind, CheckpointingPolicy
 from qwen2audio_train.layout import num_encoder_frames
-from qwen2audio_train.model.checkpointing import set_activation_checkpointing
+from qwen2audio_train.model.adapters import apply_adapter
+from qwen2audio_train.model.checkpointing import _policy, set_activation_checkpointing
 from qwen2audio_train.model.memory import decoder_product_bytes, encoder_product_bytes
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config
@@ -108,3 +110,29 @@ def test_wrong_choices_are_refused(model: PackedQwen2Audio) -> None:
         set_activation_checkpointing(model, ["lm_head"])
     with pytest.raises(ValueError, match="use_reentrant=False"):
         set_activation_checkpointing(model, PARTS, SELECTIVE, use_reentrant=True)
+
+
+def test_the_second_half_of_an_adapter_is_repeated_and_all_else_is_not() -> None:
+    x = torch.empty(7, 512)
+    for terms, columns, kept in ((512, 512, True), (512, 16, True), (512, 2048, True), (16, 512, False)):
+        policy = _policy(None, torch.ops.aten.mm.default, x[:, :1].expand(7, terms), torch.empty(terms, columns))
+        assert policy is (CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE)
+    assert _policy(None, torch.ops.aten.mul.Tensor, x, x) is CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_adapters_have_the_same_gradients_under_the_selective_policy(
+    model: PackedQwen2Audio, batch: dict[str, torch.Tensor]
+) -> None:
+    adapted = apply_adapter(model, AdapterConfig(kind=AdapterKind.lora, r=2, modules=list(PARTS)))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    grads = []
+    for parts in ((), PARTS):
+        set_activation_checkpointing(adapted, parts, SELECTIVE)
+        adapted.zero_grad()
+        adapted.train()(**batch).nll_sum.backward()
+        grads.append({n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 40
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
