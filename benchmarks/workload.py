@@ -40,7 +40,7 @@ from qwen2audio_train.data.tokenizer import build_processor, train_tokenizer
 from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_samples_of
 
 CLIPS = {"3s": 8, "lognormal": 9, "librispeech": 9, "30s": 2}
-"""Clips of a forward. The more there are, the more of a padded row is padding, where lengths differ."""
+"""Clips of a forward: as many as `--quick` has time for. The more, the more of a padded row is padding."""
 
 LABELS_PER_S = 3
 LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 1.0
