@@ -17,7 +17,7 @@ from qwen2audio_train.config import CheckpointingPolicy
 from qwen2audio_train.data.batch import pack
 from qwen2audio_train.data.sample import build_sample
 from qwen2audio_train.layout import SAMPLING_RATE, num_audio_tokens, num_encoder_frames
-from qwen2audio_train.model.checkpointing import set_activation_checkpointing
+from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.loss import label_nll
 from qwen2audio_train.model.packed import PackedOutput, PackedQwen2Audio, PackedQwen2AudioModel
 from qwen2audio_train.training.seams import RunFiles

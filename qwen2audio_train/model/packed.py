@@ -172,7 +172,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
     """Parts whose layers recompute their activations when gradient checkpointing is on."""
 
     checkpoint_function: Callable[..., Any] | None = None
-    """How they do: see `checkpointing.set_activation_checkpointing`; None is the way that transformers asks for."""
+    """How they do, set by `activation_checkpointing.set_activation_checkpointing`; None: as transformers asks."""
 
     def __init__(self, config: Qwen2AudioConfig) -> None:
         register_packed_attention()
@@ -207,7 +207,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         return PackedOutput(nll_sum=loss.nll_sum, weight_sum=weight.float().sum(), nll=loss.nll, correct=loss.correct)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Stock, then off again in the parts that were not asked for: see `checkpointing`."""
+        """Stock, then off again in the parts that were not asked for: see `activation_checkpointing`."""
         if self.checkpoint_function is not None:
             kwargs["gradient_checkpointing_func"] = self.checkpoint_function
         super()._set_gradient_checkpointing(enable, *args, **kwargs)

@@ -16,9 +16,9 @@ from qwen2audio_train.config import ConfigError, Stage, StageConfig
 from qwen2audio_train.data.batch import pack
 from qwen2audio_train.data.sample import Sample
 from qwen2audio_train.layout import mel_columns, num_audio_tokens
+from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.build import architecture_config
-from qwen2audio_train.model.checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from qwen2audio_train.training import stage

@@ -41,9 +41,9 @@ from qwen2audio_train.data.render import Text, render
 from qwen2audio_train.data.sources import find_manifests, good_examples
 from qwen2audio_train.data.stream import PackLoader
 from qwen2audio_train.data.tokenizer import as_qwen2_audio, save_processor, train_tokenizer
+from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.encoder_cache import attach_encoder_cache
 from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap

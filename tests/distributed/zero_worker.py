@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen2audio_train.config import AdapterConfig, AdapterKind, CheckpointingPolicy, FreezeConfig
+from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
-from qwen2audio_train.model.checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config

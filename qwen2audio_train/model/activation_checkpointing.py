@@ -22,6 +22,8 @@ ATTENTION = frozenset(
         "torch_attn::_varlen_attn",
     }
 )
+"""Kernels behind the packed attention on CPU and CUDA."""
+
 LOW_RANK = 8
 """A product with so many times more columns than terms is cheaper to repeat than to keep: the second half of a LoRA."""
 
