@@ -325,17 +325,7 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
     _refuse(out_of_bounds(config))
     if isinstance(config, StageConfig) and (refused := refusal(_choice(config))):
         raise ConfigError(refused)
-    if isinstance(config, StageConfig) and config.model.compile and _is_selective(config.model):
-        raise ConfigError(
-            "model.activation_checkpointing_policy=selective with model.compile=true: a compiled block decides itself "
-            "what it keeps; take one of the two"
-        )
     return config
-
-
-def _is_selective(model: ModelConfig) -> bool:
-    selective = model.activation_checkpointing_policy is CheckpointingPolicy.selective
-    return selective and bool(model.activation_checkpointing)
 
 
 def _refuse(reasons: Iterable[str]) -> None:
@@ -345,12 +335,7 @@ def _refuse(reasons: Iterable[str]) -> None:
 
 def _choice(config: StageConfig) -> dict[str, str]:
     """What a recipe chose in each column of the table of combinations."""
-    offload = {
-        (False, False): "none",
-        (True, False): "optimizer",
-        (False, True): "parameters",
-        (True, True): "both",
-    }
+    offload = {(False, False): "none", (True, False): "optimizer", (False, True): "parameters", (True, True): "both"}
     return {
         "zero": "none" if config.deepspeed.stage is None else str(config.deepspeed.stage),
         "adapter": config.adapter.kind.value,

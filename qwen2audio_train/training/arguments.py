@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
 from qwen2audio_train.combinations import ADAMW_BF16
-from qwen2audio_train.config import ConfigError, DeepSpeedConfig, Objective, Stage, StageConfig
+from qwen2audio_train.config import CheckpointingPolicy, ConfigError, DeepSpeedConfig, Objective, Stage, StageConfig
 from qwen2audio_train.config_check import nearest, no_choice, too_small
 from qwen2audio_train.model.encoder_cache import check_encoder_cache
 
@@ -115,6 +115,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         raise ConfigError(f"trainer.eval_strategy={config.trainer['eval_strategy']}: there are no data.eval_sources")
     check_encoder_cache(config)
     check_deepspeed_precision(config)
+    check_compiled_activations(config)
     kind = arguments_class(config)
     check_trainer_keys(config.trainer, kind)
     values: dict[str, Any] = {
@@ -159,6 +160,16 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     if optim in ADAMW_BF16:
         arguments.optim = optim
     return arguments
+
+
+def check_compiled_activations(config: StageConfig) -> None:
+    """A compiled block decides itself what it keeps for backward. Raises ConfigError."""
+    selective = config.model.activation_checkpointing_policy is CheckpointingPolicy.selective
+    if config.model.compile and selective and config.model.activation_checkpointing:
+        raise ConfigError(
+            "model.activation_checkpointing_policy=selective with model.compile=true: a compiled block decides itself "
+            "what it keeps; take one of the two"
+        )
 
 
 def check_deepspeed_precision(config: StageConfig) -> None:
