@@ -14,7 +14,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +24,6 @@ from transformers import Qwen2AudioEncoder
 from qwen2audio_train.config import ConfigError, StageConfig
 from qwen2audio_train.layout import mel_columns, num_audio_tokens
 from qwen2audio_train.model.encoder import encode_packed
-
-if TYPE_CHECKING:
-    from qwen2audio_train.model.packed import PackedQwen2Audio
 
 
 def weights_digest(tower: Qwen2AudioEncoder) -> str:
@@ -62,11 +58,11 @@ def check_encoder_cache(config: StageConfig) -> None:
         raise ConfigError(f"model.encoder_cache_dir and {reason}, or unset model.encoder_cache_dir")
 
 
-def attach_encoder_cache(model: PackedQwen2Audio, config: StageConfig, ranks: int) -> None:
-    """Give a model, whose weights are loaded, the cache that its recipe asks for, if it does."""
-    if config.model.encoder_cache_dir is not None:
-        limit = int(config.model.encoder_cache_max_gib * 2**30)
-        model.model.encoder_cache = EncoderCache(config.model.encoder_cache_dir, model.model.audio_tower, limit, ranks)
+def encoder_cache_of(config: StageConfig, tower: Qwen2AudioEncoder, ranks: int) -> EncoderCache | None:
+    """The cache that a recipe asks for, if it does, for a tower whose weights are loaded."""
+    if config.model.encoder_cache_dir is None:
+        return None
+    return EncoderCache(config.model.encoder_cache_dir, tower, int(config.model.encoder_cache_max_gib * 2**30), ranks)
 
 
 def _bytes(tensor: Tensor) -> bytes:

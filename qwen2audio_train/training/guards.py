@@ -10,9 +10,9 @@ means that the chosen answers have become less likely than under the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,12 +24,7 @@ from qwen2audio_train.evaluation.evaluate import evaluate
 from qwen2audio_train.evaluation.generate import Decoding, sample_texts
 from qwen2audio_train.evaluation.samples import LazySamples
 from qwen2audio_train.evaluation.scoring import score_labels, score_pairs
-
-if TYPE_CHECKING:
-    from qwen2audio_train.training.preference_seams import PreferenceSeams
-
-Probe = Callable[["PreferenceSeams"], dict[str, float]]
-"""Figures of the trainer's policy as it is now; every rank calls it."""
+from qwen2audio_train.training.preference_seams import PreferenceSeams, Probe
 
 logger = logging.get_logger(__name__)
 

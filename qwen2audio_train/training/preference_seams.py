@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
 from qwen2audio_train.config import Reference
-from qwen2audio_train.training.guards import Probe
 from qwen2audio_train.training.reference import (
     REFERENCE_ADAPTER,
     adapter_left_as_it_is,
@@ -29,6 +28,9 @@ from qwen2audio_train.training.reference import (
     trained_outside_adapter,
 )
 from qwen2audio_train.training.seams import PackedSeams, StepCounts
+
+Probe = Callable[["PreferenceSeams"], dict[str, float]]
+"""Figures of the trainer's policy as it is now; every rank calls it at every evaluation."""
 
 OWN_KEYS = frozenset({"pair_weight", "pair_key"})
 """Keys of a batch that neither TRL nor the model gets."""

@@ -24,10 +24,10 @@ from qwen2audio_train.data.sources import find_manifests, good_examples
 from qwen2audio_train.evaluation.generate import Decoding
 from qwen2audio_train.training import stage
 from qwen2audio_train.training.callbacks import callbacks
-from qwen2audio_train.training.guards import HeldOutGuard, Probe, decoded_probe, drift_probe, listening_probe
+from qwen2audio_train.training.guards import HeldOutGuard, decoded_probe, drift_probe, listening_probe
 from qwen2audio_train.training.kto import AudioKTOTrainer
 from qwen2audio_train.training.preference import AudioDPOTrainer
-from qwen2audio_train.training.preference_seams import PreferenceSeams
+from qwen2audio_train.training.preference_seams import PreferenceSeams, Probe
 from qwen2audio_train.training.reference import reference_digest
 from qwen2audio_train.training.reference_cache import ReferenceCache, reference_id
 

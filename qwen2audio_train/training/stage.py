@@ -44,7 +44,7 @@ from qwen2audio_train.data.tokenizer import as_qwen2_audio, save_processor, trai
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.encoder_cache import attach_encoder_cache
+from qwen2audio_train.model.encoder_cache import encoder_cache_of
 from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 from qwen2audio_train.training import checkpoint as folders
@@ -195,7 +195,8 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
     set_activation_checkpointing(
         adapted, config.model.activation_checkpointing, config.model.activation_checkpointing_policy
     )
-    attach_encoder_cache(unwrap(adapted), config, process().num_processes)
+    inner = unwrap(adapted).model
+    inner.encoder_cache = encoder_cache_of(config, inner.audio_tower, process().num_processes)
     if config.model.compile:
         compile_blocks(adapted)
     return adapted
