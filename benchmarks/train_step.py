@@ -52,7 +52,7 @@ FORK = multiprocessing.get_context("fork")  # what all arms import is imported o
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 5e-2)}
 """Relative, of the loss and of the gradient norm."""
 QUICK_ROUNDS = {"3s": 1, "lognormal": 1, "librispeech": 1, "30s": 2}
-"""Timed steps under `--quick`; the shorter a step, the more of them."""
+"""Timed steps under `--quick`: two where the sides are nearest to each other, and one where a step is long."""
 
 
 class Baton(TrainerCallback):

@@ -31,6 +31,15 @@ END_TOLERANCE_S = 0.05
 AudioFile: TypeAlias = soundfile.SoundFile | MediaFile
 
 
+@dataclass(frozen=True)
+class Header:
+    """Of a FLAC file what an open `AudioFile` says of itself."""
+
+    frames: int
+    samplerate: int
+    channels: int
+
+
 class AudioError(ValueError):
     """A clip that cannot be read; the message names its path and the reason."""
 
@@ -103,20 +112,16 @@ def _whole_flac(clip: Clip, data: bytes | None, limits: AudioLimits) -> tuple[np
             data = Path(clip.path).read_bytes()
         if data is None or not data.startswith(b"fLaC"):
             return None
-        header = miniaudio.flac_get_info(data)
-        within = (
-            0 < header.num_frames <= limits.max_duration_s * header.sample_rate
-            and header.num_frames * header.nchannels <= limits.max_samples
-            and header.nchannels <= limits.max_channels
-            and limits.min_sampling_rate <= header.sample_rate <= limits.max_sampling_rate
-        )
-        if not within:
+        found = miniaudio.flac_get_info(data)
+        if not found.num_frames:
             return None
-        samples = np.frombuffer(miniaudio.flac_read_f32(data).samples, np.float32)
+        header = Header(found.num_frames, found.sample_rate, found.nchannels)
+        _check_header(header, clip.path, limits)
+        _bounds(clip, header, limits)
+        samples = np.frombuffer(miniaudio.flac_read_f32(data).samples, np.float32).reshape(-1, header.channels)
     except (OSError, miniaudio.MiniaudioError):
         return None
-    samples = samples.reshape(-1, header.nchannels)
-    return (samples, header.sample_rate) if len(samples) == header.num_frames else None
+    return (samples, header.samplerate) if len(samples) == header.frames else None
 
 
 def _slice(clip: Clip, data: bytes | None, limits: AudioLimits) -> tuple[np.ndarray, int]:
@@ -154,7 +159,7 @@ def _resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ")
 
 
-def _bounds(clip: Clip, file: AudioFile, limits: AudioLimits) -> tuple[int, int]:
+def _bounds(clip: Clip, file: AudioFile | Header, limits: AudioLimits) -> tuple[int, int]:
     """First and last sample of the slice, at the file's own rate."""
     rate, frames = file.samplerate, file.frames
     start = round(clip.start_s * rate)
@@ -217,7 +222,7 @@ def _checked(file: AudioFile, path: str, limits: AudioLimits) -> AudioFile:
     return file
 
 
-def _check_header(file: AudioFile, path: str, limits: AudioLimits) -> None:
+def _check_header(file: AudioFile | Header, path: str, limits: AudioLimits) -> None:
     if file.frames <= 0:
         raise AudioError(path, "holds no samples")
     if file.frames >= 2**62:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from qwen2audio_train.data.audio import AudioError, AudioLimits, load_audio, probe
+from qwen2audio_train.data.audio import AudioError, AudioLimits, _whole_flac, load_audio, probe
 from qwen2audio_train.data.examples import Clip
 
 Tone = Callable[..., Path]
@@ -240,7 +240,9 @@ def test_whole_flac_files_hold_what_libsndfile_reads_in_them(
     for channel in range(channels):
         for data in (None, path.read_bytes()):
             assert np.array_equal(load_audio(Clip(str(path), None, channel=channel), data), expected[:, channel])
+            assert _whole_flac(Clip(str(path), None), data, AudioLimits()) is not None
     # A slice is libsndfile's: it can begin in the middle.
+    assert _whole_flac(Clip(str(path), None, 0.0, 1.0), None, AudioLimits()) is None
     sliced = load_audio(Clip(str(path), None, 0.0, 1.0, channel=0))
     assert np.array_equal(sliced, expected[:16_000, 0])
 
