@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from workload import STOCK_ARMS, Workload
 
-from qwen2audio_train.data.tokenize import tokenize
+from qwen2audio_train.data.prompts.tokenize import tokenize
 from qwen2audio_train.layout import MAX_FRAMES, num_frames
-from qwen2audio_train.model.cost import Load, packed_load, training_flops
+from qwen2audio_train.planning.cost import Load, packed_load, training_flops
 
 
 def counted(workload: Workload, arm: str) -> dict[str, Any]:

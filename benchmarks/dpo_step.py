@@ -44,15 +44,15 @@ from transformers import PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioFo
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind, Reference
-from qwen2audio_train.data.batch import pack_preference
-from qwen2audio_train.data.sample import Sample
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, Reference
+from qwen2audio_train.data.samples.collate import pack_preference
+from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import MAX_FRAMES, NUM_MEL_BINS, mel_columns, num_audio_tokens
 from qwen2audio_train.model.adapters import apply_adapter, lora_config
 from qwen2audio_train.model.packed import PackedQwen2Audio
-from qwen2audio_train.training.preference import AudioDPOTrainer
-from qwen2audio_train.training.reference_cache import ReferenceCache
-from qwen2audio_train.training.seams import RunFiles
+from qwen2audio_train.training.reference.cache import ReferenceCache
+from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
+from qwen2audio_train.training.trainers.packed import RunFiles
 
 AUDIO_ID, PAD_ID = 4095, 0
 AUDIO = {"d_model": 320, "encoder_layers": 3, "encoder_attention_heads": 5, "encoder_ffn_dim": 1280}

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2audio_train.config import ModelConfig, ModelKind
+from qwen2audio_train.config.schema import ModelConfig, ModelKind
 from qwen2audio_train.data.examples import Clip, TaskExample
-from qwen2audio_train.data.render import render
-from qwen2audio_train.data.sample import Sample, build_sample
-from qwen2audio_train.data.tokenizer import train_tokenizer
-from qwen2audio_train.evaluation.generate import Decoding, embed_prompts, generate_texts, stop_ids
+from qwen2audio_train.data.prompts.render import render
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
+from qwen2audio_train.data.samples.sample import Sample, build_sample
+from qwen2audio_train.evaluation.decoding.generate import Decoding, embed_prompts, generate_texts, stop_ids
 from qwen2audio_train.layout import SAMPLING_RATE
 from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio

@@ -49,9 +49,9 @@ import torch
 from record import save
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from qwen2audio_train.config_data import DataConfig, SourceConfig
-from qwen2audio_train.data.build import Loader, build_batches
-from qwen2audio_train.data.tokenizer import build_processor, train_tokenizer
+from qwen2audio_train.config.data import DataConfig, SourceConfig
+from qwen2audio_train.data.loading.build import Loader, build_batches
+from qwen2audio_train.data.prompts.tokenizer import build_processor, train_tokenizer
 from qwen2audio_train.layout import NUM_MEL_BINS, SAMPLING_RATE
 
 BATCH, SHARDS = 16, 8

@@ -67,7 +67,7 @@ def recipe(overrides: tuple[str, ...], samples: int, shape: dict[str, Any]) -> A
     """The checked config of a case."""
     from omegaconf import OmegaConf
 
-    from qwen2audio_train.config import StageConfig, load_config
+    from qwen2audio_train.config.schema import StageConfig, load_config
 
     values = {
         "stage": "sft",
@@ -86,10 +86,10 @@ def recipe(overrides: tuple[str, ...], samples: int, shape: dict[str, Any]) -> A
 
 def measure(name: str, samples: int) -> dict[str, Any]:
     """One case, in this process."""
-    from qwen2audio_train.training.find_batch import attempt, stepper
-    from qwen2audio_train.training.forecast import PlanOptions, forecast, typical_sample
-    from qwen2audio_train.training.peak_memory import PeakMemory
-    from qwen2audio_train.training.plan import make_plan
+    from qwen2audio_train.planning.dry_run import make_plan
+    from qwen2audio_train.planning.find_batch import attempt, stepper
+    from qwen2audio_train.planning.forecast import PlanOptions, forecast, typical_sample
+    from qwen2audio_train.planning.peak_memory import PeakMemory
 
     options = PlanOptions(clip_s=CLIP_S, prompt_tokens=PROMPT_TOKENS, label_tokens=LABEL_TOKENS)
     plan, small = (make_plan(recipe(CASES[name], count, SHAPES["small"]), 1) for count in (samples, 1))

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workload import Example, Workload
 
-from qwen2audio_train.config import CheckpointingPolicy
-from qwen2audio_train.data.batch import pack
-from qwen2audio_train.data.sample import build_sample
+from qwen2audio_train.config.schema import CheckpointingPolicy
+from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.sample import build_sample
 from qwen2audio_train.layout import SAMPLING_RATE, num_audio_tokens, num_encoder_frames
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.loss import label_nll
 from qwen2audio_train.model.packed import PackedOutput, PackedQwen2Audio, PackedQwen2AudioModel
-from qwen2audio_train.training.seams import RunFiles
-from qwen2audio_train.training.trainer import AudioTrainer
+from qwen2audio_train.training.trainers.language_model import AudioTrainer
+from qwen2audio_train.training.trainers.packed import RunFiles
 
 
 class Packs:

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from record import save
 
-from qwen2audio_train.data.index import RECORD, Index
-from qwen2audio_train.data.mixture import MixedSource, Mixture
-from qwen2audio_train.data.plan import Cursor, Planner, steps
-from qwen2audio_train.data.state import save_state
+from qwen2audio_train.data.order.index import RECORD, Index
+from qwen2audio_train.data.order.mixture import MixedSource, Mixture
+from qwen2audio_train.data.order.planner import Cursor, Planner, steps
+from qwen2audio_train.data.order.state import save_state
 
 TOKENS_PER_PACK, PACKS_PER_STEP = 8192, 64
 BLOCK = 5_000_000

@@ -38,16 +38,16 @@ import torch
 from record import save
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message
-from qwen2audio_train.data.manifest import read_manifest, to_record
-from qwen2audio_train.data.sample import SampleOptions
-from qwen2audio_train.evaluation import metrics
-from qwen2audio_train.evaluation.bootstrap import paired_difference
-from qwen2audio_train.evaluation.generate import Decoding, generate_texts
-from qwen2audio_train.evaluation.items import item_of
-from qwen2audio_train.evaluation.pairs.rules import NO_SPEECH
-from qwen2audio_train.evaluation.samples import LazySamples
+from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
+from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts
+from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
+from qwen2audio_train.evaluation.scoring import metrics
+from qwen2audio_train.evaluation.scoring.bootstrap import paired_difference
+from qwen2audio_train.evaluation.scoring.items import item_of
 from qwen2audio_train.layout import SAMPLING_RATE
-from qwen2audio_train.training.stage import load_for_inference
+from qwen2audio_train.pairs.rules import NO_SPEECH
+from qwen2audio_train.training.stages.run import load_for_inference
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -33,11 +33,11 @@ import torch
 from record import save
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.config_data import DataConfig, SourceConfig
-from qwen2audio_train.data.batch import Batch
-from qwen2audio_train.data.build import Loader, build_batches
-from qwen2audio_train.data.stream_loader import StreamLoader, merge_states
-from qwen2audio_train.data.tokenizer import train_tokenizer
+from qwen2audio_train.config.data import DataConfig, SourceConfig
+from qwen2audio_train.data.loading.build import Loader, build_batches
+from qwen2audio_train.data.loading.streaming import StreamLoader, merge_states
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
+from qwen2audio_train.data.samples.collate import Batch
 
 WORLDS = ((1, 2), (2, 1), (2, 4), (4, 3))
 SIZES = {"a": (60, 2.0), "b": (25, 1.0)}

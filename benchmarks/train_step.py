@@ -44,7 +44,7 @@ from record import save
 from transformers import PrinterCallback, TrainerCallback
 from workload import CLIPS, LENGTH_SETS, SHAPES, STOCK_ARMS, Workload, seconds_of
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.model.adapters import apply_adapter
 
 ARMS = OUR_ARMS | STOCK_ARMS

@@ -35,8 +35,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from qwen2audio_train.data.examples import Clip, TaskExample
-from qwen2audio_train.data.render import Rendered, Text, render, rendered_text
-from qwen2audio_train.data.tokenizer import build_processor, train_tokenizer
+from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
+from qwen2audio_train.data.prompts.tokenizer import build_processor, train_tokenizer
 from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_samples_of
 
 CLIPS = {"3s": 8, "lognormal": 9, "librispeech": 9, "30s": 2}

@@ -18,17 +18,17 @@ from omegaconf import DictConfig
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from qwen2audio_train.config import ConfigError, RecipeConfig, Schema, StageConfig, load_config, nearest
-from qwen2audio_train.data.audio import AudioError
-from qwen2audio_train.data.blobs import BlobError
+from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Schema, StageConfig, load_config, nearest
+from qwen2audio_train.data.audio.decode import AudioError
+from qwen2audio_train.data.manifests.json_object import ManifestError
+from qwen2audio_train.data.order.state import DataStateError
+from qwen2audio_train.data.prompts.render import ExampleError
 from qwen2audio_train.data.quarantine import TooManyBadExamples
-from qwen2audio_train.data.record import ManifestError
-from qwen2audio_train.data.render import ExampleError
-from qwen2audio_train.data.state import DataStateError
+from qwen2audio_train.data.storage.blobs import BlobError
 from qwen2audio_train.training.chain import StageFailed
-from qwen2audio_train.training.checkpoint import CheckpointError
-from qwen2audio_train.training.reference_cache import ReferenceCacheError
-from qwen2audio_train.training.seams import Diverged
+from qwen2audio_train.training.checkpoints.folder import CheckpointError
+from qwen2audio_train.training.reference.cache import ReferenceCacheError
+from qwen2audio_train.training.trainers.packed import Diverged
 
 USER_ERRORS = (
     AudioError,

@@ -23,16 +23,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qwen2audio_train.config import ConfigError, load_config, nearest
-from qwen2audio_train.data.audio import AudioError
-from qwen2audio_train.data.chat import ChatOptions, write_chats
-from qwen2audio_train.data.check import CheckOptions, check, summary
-from qwen2audio_train.data.convert import ConvertOptions, convert
-from qwen2audio_train.data.record import ManifestError
-from qwen2audio_train.data.render import ExampleError
-from qwen2audio_train.data.shards import ShardOptions, write_shards
-from qwen2audio_train.data.show import ShowOptions, show
-from qwen2audio_train.data.stats import (
+from qwen2audio_train.config.schema import ConfigError, load_config, nearest
+from qwen2audio_train.data.audio.decode import AudioError
+from qwen2audio_train.data.manifests.json_object import ManifestError
+from qwen2audio_train.data.prompts.render import ExampleError
+from qwen2audio_train.data.tools.chat import ChatOptions, write_chats
+from qwen2audio_train.data.tools.check import CheckOptions, check, summary
+from qwen2audio_train.data.tools.convert import ConvertOptions, convert
+from qwen2audio_train.data.tools.shards import ShardOptions, write_shards
+from qwen2audio_train.data.tools.show import ShowOptions, show
+from qwen2audio_train.data.tools.stats import (
     IndexOptions,
     draw_histogram,
     histogram_table,

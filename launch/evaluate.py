@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from compose import check_file, launch
 
-from qwen2audio_train.config import ConfigError, EvaluateConfig
+from qwen2audio_train.config.schema import ConfigError, EvaluateConfig
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.manifest import read_manifest
-from qwen2audio_train.data.sample import SampleOptions
-from qwen2audio_train.evaluation.evaluate import evaluate, save, table
-from qwen2audio_train.evaluation.generate import Decoding
-from qwen2audio_train.evaluation.scoring import PairScores, score_pairs
-from qwen2audio_train.evaluation.stage_record import save_stage
-from qwen2audio_train.training.stage import load_for_inference, process
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.evaluation.decoding.generate import Decoding
+from qwen2audio_train.evaluation.reporting.stage_record import save_stage
+from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
+from qwen2audio_train.evaluation.scoring.likelihood import PairScores, score_pairs
+from qwen2audio_train.training.stages.run import load_for_inference, process
 
 
 def main(config: EvaluateConfig) -> None:

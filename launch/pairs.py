@@ -19,9 +19,9 @@ from typing import Any
 from compose import USER_ERRORS, fail
 from data import given
 
-from qwen2audio_train.config import ConfigError, load_config, nearest
-from qwen2audio_train.evaluation.pairs.candidates import CandidatesError
-from qwen2audio_train.evaluation.pairs.make import (
+from qwen2audio_train.config.schema import ConfigError, load_config, nearest
+from qwen2audio_train.pairs.candidates import CandidatesError
+from qwen2audio_train.pairs.make import (
     RuleOptions,
     SamplingOptions,
     answer,
@@ -30,8 +30,8 @@ from qwen2audio_train.evaluation.pairs.make import (
     pairs_of_answers,
     read_questions,
 )
-from qwen2audio_train.evaluation.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
-from qwen2audio_train.training.stage import load_for_inference, process
+from qwen2audio_train.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
+from qwen2audio_train.training.stages.run import load_for_inference, process
 
 
 def run_sample(options: SamplingOptions) -> None:

@@ -17,10 +17,10 @@ import hydra
 from compose import RECIPES, USER_ERRORS, as_override, fail
 from data import given
 
-from qwen2audio_train.config import ConfigError, Stage, StageConfig, load_config, nearest
-from qwen2audio_train.training.find_batch import print_largest_pack
-from qwen2audio_train.training.forecast import PlanMode, PlanOptions, print_forecast
-from qwen2audio_train.training.plan import print_plan
+from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig, load_config, nearest
+from qwen2audio_train.planning.dry_run import print_plan
+from qwen2audio_train.planning.find_batch import print_largest_pack
+from qwen2audio_train.planning.forecast import PlanMode, PlanOptions, print_forecast
 
 STAGES = [stage.value for stage in Stage if stage is not Stage.encoder]
 OWN = {field.name for field in fields(PlanOptions)}

@@ -10,11 +10,11 @@ from pathlib import Path
 import hydra
 from compose import as_override, launch
 
-from qwen2audio_train.config import EvaluateConfig, RecipeConfig, StageConfig, load_config
-from qwen2audio_train.evaluation.report import write_report
-from qwen2audio_train.evaluation.stage_record import stage_table
+from qwen2audio_train.config.schema import EvaluateConfig, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.evaluation.reporting.report import write_report
+from qwen2audio_train.evaluation.reporting.stage_record import stage_table
+from qwen2audio_train.planning.dry_run import print_plan
 from qwen2audio_train.training.chain import held_out_manifests, run_stages, stage_configs, summarise
-from qwen2audio_train.training.plan import print_plan
 
 
 def main(recipe: RecipeConfig) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from compose import launch
 
-from qwen2audio_train.config import StageConfig
-from qwen2audio_train.training import stage
-from qwen2audio_train.training.arguments import training_arguments
-from qwen2audio_train.training.plan import print_plan
-from qwen2audio_train.training.trainer import language_modelling_trainer
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.planning.dry_run import print_plan
+from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.arguments import training_arguments
+from qwen2audio_train.training.trainers.language_model import language_modelling_trainer
 
 
 def main(config: StageConfig) -> None:

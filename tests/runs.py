@@ -9,13 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qwen2audio_train.config import StageConfig, load_config
-from qwen2audio_train.training import stage
-from qwen2audio_train.training.arguments import training_arguments
-from qwen2audio_train.training.encoder_stage import build_recogniser, byte_tokenizer, encoder_trainer
-from qwen2audio_train.training.preference_stage import preference_trainer
-from qwen2audio_train.training.seams import PackedSeams
-from qwen2audio_train.training.trainer import language_modelling_trainer
+from qwen2audio_train.config.schema import StageConfig, load_config
+from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.arguments import training_arguments
+from qwen2audio_train.training.stages.preference import preference_trainer
+from qwen2audio_train.training.trainers.encoder import build_recogniser, byte_tokenizer, encoder_trainer
+from qwen2audio_train.training.trainers.language_model import language_modelling_trainer
+from qwen2audio_train.training.trainers.packed import PackedSeams
 
 ARCHITECTURE = {
     "audio_config": {

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from qwen2audio_train.combinations import COMBINATIONS, KEYS, refusal
-from qwen2audio_train.config import ConfigError, EvaluateConfig, RecipeConfig, StageConfig, load_config
-from qwen2audio_train.config_data import Order, SourceFormat
-from qwen2audio_train.training.arguments import deepspeed_config, training_arguments
+from qwen2audio_train.config.combinations import COMBINATIONS, KEYS, refusal
+from qwen2audio_train.config.data import Order, SourceFormat
+from qwen2audio_train.config.schema import ConfigError, EvaluateConfig, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.training.stages.arguments import deepspeed_config, training_arguments
 from tests.runs import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +222,6 @@ def test_bfloat16_under_deepspeed_needs_its_float32_copies(tmp_path: Path, monke
 
 
 def test_the_page_shows_the_table() -> None:
-    from qwen2audio_train.combinations import table
+    from qwen2audio_train.config.combinations import table
 
     assert table() in (ROOT / "docs" / "combinations.md").read_text()

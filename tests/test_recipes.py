@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from qwen2audio_train.config import PARTS, StageConfig
-from qwen2audio_train.training import arguments, plan
-from qwen2audio_train.training.plan import print_plan
-from qwen2audio_train.training.stage import as_yaml
+from qwen2audio_train.config.schema import PARTS, StageConfig
+from qwen2audio_train.planning import dry_run as plan
+from qwen2audio_train.planning.dry_run import print_plan
+from qwen2audio_train.training.stages import arguments
+from qwen2audio_train.training.stages.run import as_yaml
 from tests.launch.scripts import RECIPES, SCHEMAS, composed
 from tests.runs import recipe
 

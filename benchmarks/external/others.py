@@ -44,7 +44,7 @@ from workload import (  # noqa: E402
     stock_model,
 )
 
-from qwen2audio_train.data.render import Text  # noqa: E402
+from qwen2audio_train.data.prompts.render import Text  # noqa: E402
 from qwen2audio_train.layout import AUDIO_BOS_TOKEN, AUDIO_EOS_TOKEN, END_OF_TEXT_TOKEN, SAMPLING_RATE  # noqa: E402
 
 ROUNDS = 3

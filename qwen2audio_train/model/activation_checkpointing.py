@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from qwen2audio_train.config import CheckpointingPolicy, ConfigError
+from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError
 from qwen2audio_train.model.packed import unwrap
 
 PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})

@@ -12,7 +12,7 @@ from peft import (
 )
 from torch import Tensor
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind, ConfigError
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ConfigError
 from qwen2audio_train.model.freeze import PARTS
 from qwen2audio_train.model.packed import PackedQwen2Audio
 

@@ -16,7 +16,7 @@ from transformers import (
     WhisperModel,
 )
 
-from qwen2audio_train.config import ConfigError
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.layout import AUDIO_TOKEN
 from qwen2audio_train.model.packed import PackedQwen2Audio
 

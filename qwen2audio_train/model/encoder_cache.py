@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2AudioEncoder
 
-from qwen2audio_train.config import ConfigError, StageConfig
+from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.layout import mel_columns, num_audio_tokens
 from qwen2audio_train.model.encoder import encode_packed
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qwen2audio_train.config import ConfigError, FreezeConfig
+from qwen2audio_train.config.schema import ConfigError, FreezeConfig
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 
 PARTS = ("audio_tower", "multi_modal_projector", "language_model", "embed_tokens", "lm_head")

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen2audio_train.config import ConfigError, RecipeConfig, Stage, StageConfig
-from qwen2audio_train.evaluation.stage_record import choose_showcase, read_stage
-from qwen2audio_train.evaluation.summary import RunSummary, StageRecord, write_summary
-from qwen2audio_train.training.arguments import arguments_class, check_trainer_keys
-from qwen2audio_train.training.stage import as_yaml
+from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Stage, StageConfig
+from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage
+from qwen2audio_train.evaluation.reporting.summary import RunSummary, StageRecord, write_summary
+from qwen2audio_train.training.stages.arguments import arguments_class, check_trainer_keys
+from qwen2audio_train.training.stages.run import as_yaml
 
 LEDGER = "ledger.json"
 

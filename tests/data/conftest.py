@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.data.tokenizer import train_tokenizer
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 
 TEXTS = [
     "hello world, what is said here?",

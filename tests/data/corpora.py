@@ -11,9 +11,9 @@ import numpy as np
 import soundfile
 import torch
 
-from qwen2audio_train.config_data import DataConfig, SourceConfig
-from qwen2audio_train.data.batch import Batch
-from qwen2audio_train.data.stream import PackLoader
+from qwen2audio_train.config.data import DataConfig, SourceConfig
+from qwen2audio_train.data.loading.indexed import PackLoader
+from qwen2audio_train.data.samples.collate import Batch
 
 
 def write_corpus(folder: Path, name: str, seconds: Sequence[float]) -> Path:

@@ -14,18 +14,18 @@ import numpy as np
 import soundfile
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.config_data import SourceConfig
-from qwen2audio_train.data.audio import AudioError, load_audio
-from qwen2audio_train.data.build import build_batches
-from qwen2audio_train.data.build_streams import ShardReader
-from qwen2audio_train.data.corpus import open_corpus
+from qwen2audio_train.config.data import SourceConfig
+from qwen2audio_train.data.audio.decode import AudioError, load_audio
 from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.loading.build import build_batches
+from qwen2audio_train.data.loading.build_streaming import ShardReader
+from qwen2audio_train.data.loading.indexed import PackLoader
+from qwen2audio_train.data.loading.logical_stream import Raw
+from qwen2audio_train.data.manifests.corpus import open_corpus
 from qwen2audio_train.data.quarantine import BadExample
-from qwen2audio_train.data.remote import Remote
-from qwen2audio_train.data.stream import PackLoader
-from qwen2audio_train.data.streams import Raw
+from qwen2audio_train.data.storage.remote import Remote
 from tests.data.corpora import asr_line, is_filler, small_config
-from tests.data.test_blobs import write_tar
+from tests.data.storage.test_blobs import write_tar
 
 Damage = Callable[[random.Random, bytes], bytes]
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind, Reference
-from qwen2audio_train.data.batch import pack_preference
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, Reference
+from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.packed import PackedQwen2Audio
-from qwen2audio_train.training.reference import reference_digest
-from qwen2audio_train.training.reference_cache import ReferenceCache
+from qwen2audio_train.training.reference.cache import ReferenceCache
+from qwen2audio_train.training.reference.reference import reference_digest
 from tests.model.rows import BANDS, tiny_config
 from tests.training.pairs import config, our_trainer, random_pair
 

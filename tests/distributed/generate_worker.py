@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen2audio_train.data.batch import pack
-from qwen2audio_train.data.sample import Sample
-from qwen2audio_train.evaluation.generate import Decoding, generate_texts, sample_texts
+from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.sample import Sample
+from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts, sample_texts
 from tests.evaluation.tiny import MEL_BINS, ending_model, mixed_samples, task_sample, tiny_tokenizer
 
 DECODING = Decoding(max_new_tokens=10, tokens_per_batch=120)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2AudioForConditionalGeneration
 
-from qwen2audio_train.data.build import build_batches
-from qwen2audio_train.training import stage
+from qwen2audio_train.data.loading.build import build_batches
+from qwen2audio_train.training.stages import run as stage
 from tests.distributed.ranks import run_ranks
 from tests.distributed.train_worker import Job, as_json, run
 from tests.runs import recipe

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.config import ModelConfig, ModelKind
+from qwen2audio_train.config.schema import ModelConfig, ModelKind
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExample
-from qwen2audio_train.data.render import render
-from qwen2audio_train.data.sample import Sample, SampleOptions, build_sample
-from qwen2audio_train.data.tokenizer import train_tokenizer
-from qwen2audio_train.evaluation.generate import stop_ids
+from qwen2audio_train.data.prompts.render import render
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
+from qwen2audio_train.data.samples.sample import Sample, SampleOptions, build_sample
+from qwen2audio_train.evaluation.decoding.generate import stop_ids
 from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio
 

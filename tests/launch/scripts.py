@@ -9,7 +9,7 @@ from types import ModuleType
 
 import hydra
 
-from qwen2audio_train.config import EvaluateConfig, ExportConfig, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, RecipeConfig, StageConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from qwen2audio_train.data.tokenizer import train_tokenizer
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2audio_train.config import load_config
+from qwen2audio_train.config.schema import load_config
 from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, composed, script
 
 PAGES = ("data", "recipes", "evaluation", "finetune_lora", "memory", "multinode", "preference")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2audio_train.config import PARTS
+from qwen2audio_train.config.schema import PARTS
 from tests.launch.scripts import SCHEMAS, script
 from tests.runs import ARCHITECTURE
 

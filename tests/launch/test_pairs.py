@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from qwen2audio_train.data.examples import PreferenceExample
-from qwen2audio_train.data.manifest import read_manifest
-from qwen2audio_train.data.tokenizer import save_processor
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.prompts.tokenizer import save_processor
 from tests.evaluation.tiny import MEL_BINS, noise, tiny_model, tiny_tokenizer
 from tests.launch.scripts import script
 

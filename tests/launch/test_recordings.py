@@ -9,10 +9,10 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from qwen2audio_train.config import RecipeConfig, load_config
-from qwen2audio_train.data.convert import ConvertOptions, convert
-from qwen2audio_train.data.manifest import read_manifest
-from qwen2audio_train.data.prompts import task_names
+from qwen2audio_train.config.schema import RecipeConfig, load_config
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.prompts.pools import task_names
+from qwen2audio_train.data.tools.convert import ConvertOptions, convert
 from qwen2audio_train.training.chain import stage_overrides
 from tests.launch.scripts import RECIPES, ROOT, script
 

@@ -10,12 +10,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind, CheckpointingPolicy
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, CheckpointingPolicy
 from qwen2audio_train.layout import num_encoder_frames
 from qwen2audio_train.model.activation_checkpointing import _policy, set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
-from qwen2audio_train.model.memory import decoder_product_bytes, encoder_product_bytes
 from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.planning.memory import decoder_product_bytes, encoder_product_bytes
 from tests.model.rows import pack, random_row, tiny_config
 
 PARTS = ("audio_tower", "language_model")

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Qwen2AudioForConditionalGeneration
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 from tests.model.rows import pack, pad, random_row, tiny_config

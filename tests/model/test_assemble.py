@@ -19,7 +19,7 @@ from transformers import (
     WhisperModel,
 )
 
-from qwen2audio_train.config import ModelConfig, ModelKind
+from qwen2audio_train.config.schema import ModelConfig, ModelKind
 from qwen2audio_train.layout import AUDIO_TOKEN, SPECIAL_TOKENS
 from qwen2audio_train.model.build import add_special_tokens, build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.whisper.modeling_whisper import sinusoids
 
-from qwen2audio_train.config import ConfigError, Dtype, ModelConfig, ModelKind
+from qwen2audio_train.config.schema import ConfigError, Dtype, ModelConfig, ModelKind
 from qwen2audio_train.layout import AUDIO_TOKEN, IM_END_TOKEN
 from qwen2audio_train.model.build import add_special_tokens, build_meta_model, build_model, parameter_counts
 from tests.model.rows import tiny_config

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qwen2audio_train.config import AdapterConfig, AdapterKind, FreezeConfig
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, FreezeConfig
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.freeze import (
     PARTS,

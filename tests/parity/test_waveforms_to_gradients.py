@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from qwen2audio_train.data.batch import pack
-from qwen2audio_train.data.features import log_mel
-from qwen2audio_train.data.sample import Sample
+from qwen2audio_train.data.audio.mel import log_mel
+from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import MAX_SAMPLES, num_audio_tokens
 from tests.model.rows import AUDIO_ID, IGNORED
 from tests.parity.steps import RELATIVE_TOLERANCE, gradients, pair, worst

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from qwen2audio_train.config import Reference
-from qwen2audio_train.data.batch import pack_preference
-from qwen2audio_train.data.sample import Sample
+from qwen2audio_train.config.schema import Reference
+from qwen2audio_train.data.samples.collate import pack_preference
+from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import MAX_FRAMES, mel_columns, num_audio_tokens
-from qwen2audio_train.training.preference import AudioDPOTrainer
-from qwen2audio_train.training.seams import RunFiles
+from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
+from qwen2audio_train.training.trainers.packed import RunFiles
 from tests.model.rows import AUDIO_ID, BANDS
 
 PAD_ID = 0

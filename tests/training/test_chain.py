@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qwen2audio_train.config import ConfigError, RecipeConfig, load_config
+from qwen2audio_train.config.schema import ConfigError, RecipeConfig, load_config
 from qwen2audio_train.training import chain
 from qwen2audio_train.training.chain import LEDGER, Entry, StageFailed, run_stages, stage_overrides
 from tests.launch.scripts import LAUNCH, RECIPES, ROOT, composed

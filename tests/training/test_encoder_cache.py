@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qwen2audio_train.config import ConfigError
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.model import encoder_cache
-from qwen2audio_train.training.arguments import training_arguments
+from qwen2audio_train.training.stages.arguments import training_arguments
 from tests.runs import build_trainer, logged, recipe, train
 
 EPOCHS = ("trainer.max_steps=8", "model.freeze.audio_tower=true", "data.tokens_per_pack=200")

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qwen2audio_train.config import StageConfig
-from qwen2audio_train.data.state import DataStateError
-from qwen2audio_train.training import stage
-from qwen2audio_train.training.checkpoint import CheckpointError
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.data.order.state import DataStateError
+from qwen2audio_train.training.checkpoints.folder import CheckpointError
+from qwen2audio_train.training.stages import run as stage
 from tests.launch.scripts import LAUNCH, ROOT
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train
 

@@ -1,0 +1,185 @@
+"""The data part of a recipe: what `data:` may say. Plain dataclasses, a schema for OmegaConf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from qwen2audio_train.config.bounds import at_least
+
+MAX_SEED = 2**32 - 1
+"""The largest that numpy's generators take."""
+
+
+class SourceFormat(StrEnum):
+    """How a source is stored; `auto` looks at the path."""
+
+    auto = "auto"
+    manifest = "manifest"
+    webdataset = "webdataset"
+    huggingface = "huggingface"
+    kaldi = "kaldi"
+    lhotse = "lhotse"
+
+
+class Order(StrEnum):
+    """Order of a source's examples: shuffled, the shorter the earlier in its first pass, or as they stand."""
+
+    shuffled = "shuffled"
+    short_first = "short_first"
+    sequential = "sequential"
+
+
+class PromptStyle(StrEnum):
+    natural = "natural"
+    hierarchical_tags = "hierarchical_tags"
+
+
+class LossWeighting(StrEnum):
+    """What counts the same in the loss: every labelled token, every sample, or every task."""
+
+    token = "token"
+    sample = "sample"
+    task = "task"
+
+
+class LabelledTurns(StrEnum):
+    all = "all"
+    last = "last"
+
+
+class LongAudio(Enum):
+    """A clip over 30 s: refused (it goes to the quarantine list), or split into several encoder windows."""
+
+    reject = "reject"
+    split = "split"
+
+
+class OnChangedData(StrEnum):
+    """A saved state meets other data: refused, or every unchanged source completes its pass in another order."""
+
+    refuse = "refuse"
+    go_on = "go_on"
+
+
+@dataclass
+class SourceConfig:
+    """One corpus of the mixture."""
+
+    path: list[str] = field(default_factory=list)
+    """Manifests, shards (braces and globs expand), folders or a hub data set's name, one after the other."""
+    format: SourceFormat = SourceFormat.auto
+    weight: float | None = at_least(0, None)
+    """Probability of drawing an example from here, relative to its siblings; unset for all: by their sizes."""
+    group: str = ""
+    """Group of the mixture that the source belongs to, nested by slashes: `speech/asr`."""
+    epochs: float | None = at_least(0, None)
+    """Most passes over the source in the whole run; then it is left out, the others keep their proportions."""
+    max_examples: int | None = at_least(1, None)
+    """Only the first so many examples."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our field -> the source's column, for example {target: sentence, language: locale}."""
+    constants: dict[str, str] = field(default_factory=dict)
+    """Fields that are the same for every example of the source, for example {task: asr, language: en}."""
+    split: str | None = None
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Configuration of a hub data set, for example the language."""
+    revision: str | None = None
+    """Commit or tag of a hub data set; unset pins nothing."""
+    streaming: bool = False
+    """Read front to back without an index, for what is too large or too far to index."""
+
+
+@dataclass
+class GroupConfig:
+    """A group of sources that shares one weight; its sources divide it among themselves."""
+
+    weight: float | None = at_least(0, None)
+    temperature: float = at_least(0.01, 1.0)
+
+
+@dataclass
+class AugmentConfig:
+    """Changes to the audio in training; every probability is per clip, 0 switches it off."""
+
+    spec_augment: float = at_least(0, 0.0, 1)
+    """Probability of SpecAugment with the bounds below (defaults: LibriSpeech Basic of arXiv:1904.08779)."""
+    time_warp: int = at_least(0, 80)
+    freq_mask_bins: int = at_least(0, 27)
+    num_freq_masks: int = at_least(0, 1)
+    time_mask_frames: int = at_least(0, 100)
+    num_time_masks: int = at_least(0, 1)
+    time_mask_share: float = at_least(0, 1.0, 1)
+    """Longest time mask as a share of the clip (p of the paper)."""
+    speed: float = at_least(0, 0.0, 1)
+    speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.1], metadata={"least": 0.1, "most": 10})
+    gain: float = at_least(0, 0.0, 1)
+    gain_db: list[float] = field(default_factory=lambda: [-6.0, 6.0])
+    """Lowest and highest gain in decibel."""
+    noise: float = at_least(0, 0.0, 1)
+    noise_path: list[str] = field(default_factory=list)
+    """Audio files, or manifests (.jsonl) whose lines have an `audio`."""
+    noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 20.0])
+    reverb: float = at_least(0, 0.0, 1)
+    reverb_rt60_s: list[float] = field(default_factory=lambda: [0.1, 0.6], metadata={"least": 0.01})
+    """Shortest and longest reverberation time in seconds."""
+
+    def changing(self) -> list[str]:
+        """Names of the changes that are switched on: a clip is then another one in every epoch."""
+        return [name for name in ("spec_augment", "speed", "gain", "noise", "reverb") if getattr(self, name)]
+
+
+@dataclass
+class SelfmadeConfig:
+    """The synthesised corpus, made in `folder` before anything is read (an empty variant makes nothing)."""
+
+    variant: str = ""
+    folder: str = "data_cache/selfmade/${.variant}"
+    seed: int = at_least(0, 0, MAX_SEED)
+
+
+@dataclass
+class DataConfig:
+    """Everything that decides which examples a step holds, and how they are laid out."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    eval_sources: dict[str, SourceConfig] = field(default_factory=dict)
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    temperature: float = at_least(0.01, 1.0)
+    """Flattens the weights on the top level: p ~ weight ** (1 / temperature)."""
+    order: Order = Order.shuffled
+    seed: int = at_least(0, 0, MAX_SEED)
+    tokens_per_pack: int = at_least(1, 8192)
+    """Most audio + text tokens of a pack (a slot of the step)."""
+    samples_per_pack: int | None = at_least(1, None)
+    """So many samples in every pack, not a token budget: for preference pairs, as TRL averages per pack."""
+    packs_per_step: int = at_least(1, 8)
+    """Packs of one optimiser step, over all ranks, whatever their number."""
+    packs_per_forward: int = at_least(1, 1)
+    """Packs of a rank that are merged into one forward."""
+    window_examples: int = at_least(1, 2048)
+    """Examples that best-fit packing looks ahead over; packs never reach across a window."""
+    max_tokens_per_example: int | None = at_least(1, None)
+    """Longer examples are left out and counted; unset = `tokens_per_pack`."""
+    prompt_style: PromptStyle = PromptStyle.natural
+    prompt_seed: int = at_least(0, 0, MAX_SEED)
+    loss_weighting: LossWeighting = LossWeighting.token
+    labelled_turns: LabelledTurns = LabelledTurns.all
+    long_audio: LongAudio = LongAudio.split
+    num_workers: int = at_least(0, 2)
+    prefetch_factor: int = at_least(1, 4)
+    """Batches that every worker keeps ready."""
+    max_bad_examples: int | None = at_least(0, None)
+    """Bad examples after which the run stops; unset = only the share counts."""
+    max_bad_share: float = at_least(0, 0.01, 1)
+    """Share of bad examples (of those seen, from 1 000 on) beyond which the run stops."""
+    network_retries: int = at_least(0, 5)
+    network_timeout_s: float = at_least(0, 30.0)
+    cache_dir: str = "data_cache"
+    """Indexes and copies of remote shards."""
+    cache_max_gib: float = at_least(0, 64.0)
+    """Bound of the shard copies; the least recently used go first."""
+    on_changed_data: OnChangedData = OnChangedData.refuse
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    selfmade: SelfmadeConfig = field(default_factory=SelfmadeConfig)

@@ -1,0 +1,346 @@
+"""The dataclass schema of everything under `recipes/`, and the door through which a composed recipe enters.
+
+`load_config` merges a recipe into its schema: a misspelt key, a wrong type, an unknown choice or a combination that is
+not in the table of `combinations.py` is refused before anything is loaded, with the key's full name and the nearest
+right one. The keys below `trainer` belong to `transformers.TrainingArguments` (or `trl.DPOConfig`) and are checked
+against that class by `training/stages/arguments.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bounds
+from qwen2audio_train.config.bounds import nearest as nearest
+from qwen2audio_train.config.combinations import refusal
+from qwen2audio_train.config.data import MAX_SEED, DataConfig
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; the message names the key, what was found and what would be right."""
+
+
+class Stage(StrEnum):
+    encoder = "encoder"
+    pretrain = "pretrain"
+    sft = "sft"
+    dpo = "dpo"
+
+
+class ModelKind(StrEnum):
+    released = "released"
+    assembled = "assembled"
+    tiny = "tiny"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class CheckpointingPolicy(StrEnum):
+    full = "full"
+    selective = "selective"
+
+
+class AdapterKind(StrEnum):
+    none = "none"
+    lora = "lora"
+    qlora = "qlora"
+
+
+class Reference(StrEnum):
+    auto = "auto"
+    adapter = "adapter"
+    frozen = "frozen"
+    cached = "cached"
+
+
+class Objective(StrEnum):
+    dpo = "dpo"
+    kto = "kto"
+
+
+class WandbMode(StrEnum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+@dataclass
+class FreezeConfig:
+    """Which parts of the model keep their weights."""
+
+    audio_tower: bool = False
+    multi_modal_projector: bool = False
+    language_model: bool = False
+    embed_tokens: bool = False
+    lm_head: bool = False
+
+
+PARTS = tuple(part.name for part in fields(FreezeConfig))
+LAYERED = ("audio_tower", "language_model")
+ADAPTED = ("language_model", "multi_modal_projector", "audio_tower")
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights come from and which parts are trained.
+
+    Attributes:
+        kind: `released` (a Qwen2-Audio checkpoint), `assembled` (a Whisper encoder and a Qwen language model) or
+            `tiny` (random weights from `architecture`).
+        path: hub id or folder of a released checkpoint, and of its processor.
+        audio_encoder: hub id or folder of the Whisper model of an assembled one; run folder of the stage `encoder`
+            whose tower a tiny one starts with.
+        language_model: hub id or folder of the language model of an assembled one.
+        architecture: `audio_config` and `text_config` numbers; they size the model in a dry run, and build a tiny one.
+        vocab_size: size of the byte-level BPE that is fitted on the training text of a tiny model.
+        dtype: type of the stored weights; mixed precision is `trainer.bf16`.
+        freeze: parts that are not trained.
+        activation_checkpointing: modules (`audio_tower`, `language_model`) whose activations are recomputed.
+        activation_checkpointing_policy: `full` recomputes whole layers, `selective` all but products and attention.
+        compile: compile the decoder and encoder blocks with `torch.compile`.
+        encoder_cache_dir: folder for the outputs of a frozen tower, which a later epoch reads instead of running it.
+        encoder_cache_max_gib: bound of that folder; beyond it the tower runs for what is not there.
+    """
+
+    kind: ModelKind = MISSING
+    path: str | None = None
+    audio_encoder: str | None = None
+    language_model: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    num_mel_bins: int = at_least(1, 128)
+    vocab_size: int = at_least(256, 1024)
+    dtype: Dtype = Dtype.float32
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    activation_checkpointing: list[str] = field(default_factory=list, metadata={"choices": LAYERED})
+    activation_checkpointing_policy: CheckpointingPolicy = CheckpointingPolicy.full
+    compile: bool = False
+    encoder_cache_dir: str | None = None
+    encoder_cache_max_gib: float = at_least(0, 64.0)
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adaptation; `modules` names the parts whose linear layers get an adapter."""
+
+    kind: AdapterKind = AdapterKind.none
+    r: int = at_least(1, 16)
+    alpha: int = at_least(1, 32)
+    dropout: float = at_least(0, 0.0, 1)
+    use_dora: bool = False
+    use_rslora: bool = False
+    modules: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": ADAPTED})
+    modules_to_save: list[str] = field(default_factory=list, metadata={"choices": PARTS})
+
+
+@dataclass
+class OptimizerConfig:
+    """What `trainer.optim` and `trainer.learning_rate` cannot say: rates per module.
+
+    Attributes:
+        learning_rates: rate of a part (`audio_tower`, `multi_modal_projector`, `language_model`, `embed_tokens`,
+            `lm_head`) where it differs from `trainer.learning_rate`.
+        encoder_layer_decay: factor on the rate from one encoder layer to the one below it (Qwen-Audio: 0.95).
+    """
+
+    learning_rates: dict[str, float] = field(default_factory=dict, metadata={"choices": PARTS, "least": 0})
+    encoder_layer_decay: float = at_least(0, 1.0)
+
+
+@dataclass
+class DeepSpeedConfig:
+    """ZeRO stage (null: no DeepSpeed), what is offloaded to the host, and keys handed on to DeepSpeed as they are."""
+
+    stage: int | None = at_least(0, None, 3)
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrackerConfig:
+    """Weights & Biases; `auto` is online when an API key is set and off otherwise. `log.jsonl` is always written."""
+
+    wandb: WandbMode = WandbMode.auto
+    project: str = "qwen2audio-train"
+    entity: str | None = None
+
+
+@dataclass
+class PreferenceConfig:
+    """What stage three optimises, what it measures the policy against, and when it stops.
+
+    Attributes:
+        objective: `dpo` compares the answers of a pair; `kto` takes each by itself as good or bad.
+        reference: `auto` is the disabled adapter under LoRA and a frozen copy otherwise; `cached` computes the
+            reference's log-probabilities once, before training, and keeps no reference in memory.
+        cache_dir: folder of the log-probabilities.
+        probe_examples: so many held-out pairs are also decoded, and heard with the wrong audio, at every evaluation.
+        watch: held-out figure, such as `eval_rewards/accuracies`, that stops training when it no longer improves.
+        watch_lower: the lower the better, as of `eval_decoded/wer/...`.
+        patience: evaluations without improvement after which training stops; 0 never stops.
+    """
+
+    objective: Objective = Objective.dpo
+    reference: Reference = Reference.auto
+    cache_dir: str = "data_cache/reference"
+    probe_examples: int = at_least(0, 0)
+    watch: str = "eval_rewards/accuracies"
+    watch_lower: bool = False
+    patience: int = at_least(0, 0)
+
+
+@dataclass
+class StageConfig:
+    """Everything that one stage needs; the root of `encoder.yaml`, `pretrain.yaml`, `sft.yaml` and
+    `dpo.yaml`.
+
+    Attributes:
+        stage: which one.
+        name: name of the run.
+        run_dir: folder of the run; everything that it writes is below it.
+        seed: of weights, order, prompts and dropout.
+        init_from: weights to start from: a hub id, a released checkpoint, a run folder, a checkpoint or an adapter.
+        resume: `auto` (the newest complete checkpoint of `run_dir`, if any), `never`, or a checkpoint folder.
+        dry_run: resolve everything, print the plan and stop.
+        num_threads: CPU threads of each rank; 0 leaves torch's choice.
+    """
+
+    stage: Stage = MISSING
+    name: str = MISSING
+    run_dir: str = "runs/${name}"
+    seed: int = at_least(0, 0, MAX_SEED)
+    init_from: str | None = None
+    resume: str = "auto"
+    dry_run: bool = False
+    num_threads: int = at_least(0, 0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Root of `evaluate.yaml`: a checkpoint, the manifests that it is scored on, and how it decodes.
+
+    Attributes:
+        checkpoint: hub id, released checkpoint, run folder, checkpoint or adapter.
+        manifests: held-out manifest per name.
+        output_dir: where `metrics.json`, `table.txt` and the decoded texts go.
+        train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
+        max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
+        pairs: preference manifest on which pair accuracy is measured.
+    """
+
+    checkpoint: str = MISSING
+    manifests: dict[str, str] = field(default_factory=dict)
+    pairs: str | None = None
+    train_manifests: list[str] = field(default_factory=list)
+    output_dir: str = MISSING
+    seed: int = at_least(0, 0, MAX_SEED)
+    max_examples: int = at_least(0, 0)
+    max_new_tokens: int = at_least(1, 256)
+    tokens_per_batch: int = at_least(1, 8192)
+    num_threads: int = at_least(0, 0)
+    bootstrap_samples: int = at_least(1, 1000)
+
+
+@dataclass
+class ExportConfig:
+    """Root of `export.yaml`: what to export, where to, and recordings on which the export is compared with our path.
+
+    Attributes:
+        checkpoint: run folder, checkpoint or adapter.
+        output_dir: folder that plain transformers (or peft) reads afterwards.
+        merge: add an adapter's weights to its base; a server that cannot adapt the audio tower needs it.
+        check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree.
+    """
+
+    checkpoint: str = MISSING
+    output_dir: str = MISSING
+    merge: bool = True
+    dtype: Dtype = Dtype.float32
+    check_manifest: str | None = None
+    check_examples: int = at_least(1, 8)
+    num_threads: int = at_least(0, 0)
+
+
+@dataclass
+class StageCall:
+    """One stage of a recipe: overrides of its own root, as they stand on a command line, and of its evaluation."""
+
+    overrides: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+    decodes: bool = True
+    """Whether there is anything to decode and score after it."""
+
+
+@dataclass
+class RecipeConfig:
+    """Root of `recipe.yaml`: the stages in a row, each under torchrun, each starting from the one before."""
+
+    name: str = MISSING
+    run_dir: str = "runs/${name}"
+    nproc_per_node: int = at_least(1, 1)
+    seed: int = at_least(0, 0, MAX_SEED)
+    dry_run: bool = False
+    overrides: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+    stages: dict[str, StageCall] = field(default_factory=dict, metadata={"choices": tuple(Stage)})
+
+
+Schema = TypeVar("Schema", StageConfig, EvaluateConfig, ExportConfig, RecipeConfig)
+
+
+def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Schema:
+    """Merge a composed recipe into `schema`.
+
+    Raises:
+        ConfigError: with every unknown key, wrong container or choice, every missing value, the first wrong type, every
+            value out of its bounds, or a forbidden combination.
+    """
+    given = raw if isinstance(raw, DictConfig) else OmegaConf.create(dict(raw))
+    _refuse(misfits(OmegaConf.to_container(given, resolve=False), schema))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        _refuse(missing(OmegaConf.to_container(merged, resolve=False)))
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key or 'recipe'}: {reason}") from error
+    _refuse(out_of_bounds(config))
+    if isinstance(config, StageConfig) and (refused := refusal(_choice(config))):
+        raise ConfigError(refused)
+    return config
+
+
+def _refuse(reasons: Iterable[str]) -> None:
+    if message := "\n".join(reasons):
+        raise ConfigError(message)
+
+
+def _choice(config: StageConfig) -> dict[str, str]:
+    """What a recipe chose in each column of the table of combinations."""
+    offload = {(False, False): "none", (True, False): "optimizer", (False, True): "parameters", (True, True): "both"}
+    return {
+        "zero": "none" if config.deepspeed.stage is None else str(config.deepspeed.stage),
+        "adapter": config.adapter.kind.value,
+        "offload": offload[config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters],
+        "compile": str(config.model.compile).lower(),
+        "weights": config.model.dtype.value,
+        "optimizer": str(config.trainer.get("optim", "adamw_torch")),
+    }

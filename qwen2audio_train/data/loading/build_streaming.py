@@ -1,0 +1,141 @@
+"""From the data part of a recipe to the loader over streaming sources."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from qwen2audio_train.config.data import DataConfig, LossWeighting, Order
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.examples import PREFERENCE_TASKS, task_of
+from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, StreamSource
+from qwen2audio_train.data.loading.streaming import StreamLoader
+from qwen2audio_train.data.manifests.corpus import Contents, Corpus, open_corpus
+from qwen2audio_train.data.manifests.json_object import ManifestError
+from qwen2audio_train.data.manifests.manifest import parse_line
+from qwen2audio_train.data.manifests.readers import Row
+from qwen2audio_train.data.order.index import Measured
+from qwen2audio_train.data.order.mixture import weighting_of
+from qwen2audio_train.data.quarantine import BadExample, Quarantine
+from qwen2audio_train.data.samples.maker import Maker, collator_of
+from qwen2audio_train.data.samples.sample import Sample
+from qwen2audio_train.data.storage.files import text_hash
+
+SMALLEST_WINDOW = 64
+
+
+def build_streams(
+    data: DataConfig, maker: Maker, quarantine: Quarantine, rank: int, world_size: int, num_mel_bins: int
+) -> StreamLoader:
+    """The loader of one rank. Raises ConfigError for what needs an index."""
+    _check(data)
+    corpora = {name: open_corpus(name, source, maker.remote) for name, source in sorted(data.sources.items())}
+    num_shards = {name: corpus.num_shards for name, corpus in corpora.items()}
+    chances = weighting_of(data, num_shards).probabilities(data.temperature)
+    readers = {name: ShardReader(corpus) for name, corpus in corpora.items()}
+    sources = tuple(StreamSource(name, chances[name], num_shards[name], r.read) for name, r in readers.items())
+    limit = min(data.max_tokens_per_example or data.tokens_per_pack, data.tokens_per_pack)
+    window = max(SMALLEST_WINDOW, data.window_examples // data.packs_per_step)
+    streams = tuple(
+        LogicalStream(
+            number,
+            data.packs_per_step,
+            sources,
+            partial(_measure, maker),
+            data.seed,
+            data.tokens_per_pack,
+            limit,
+            window,
+            data.samples_per_pack,
+        )
+        for number in range(data.packs_per_step)
+    )
+    inputs = {
+        "seed": data.seed,
+        "packs_per_step": data.packs_per_step,
+        "tokens_per_pack": data.tokens_per_pack,
+        "samples_per_pack": data.samples_per_pack,
+        "max_tokens_per_example": data.max_tokens_per_example,
+        "window_examples": data.window_examples,
+        "measured": text_hash(maker.measure_key),
+        "sources": {
+            name: {"shards": reader.fingerprint, "number": num_shards[name], "probability": chances[name]}
+            for name, reader in readers.items()
+        },
+    }
+    tasks = {source.name: _first_task(source) for source in sources}
+    kinds = {not PREFERENCE_TASKS.isdisjoint(of_source) for of_source in tasks.values() if of_source}
+    if len(kinds) > 1:
+        raise ConfigError("data.sources: preference examples cannot be mixed with others")
+    return StreamLoader(
+        streams,
+        partial(_make, maker),
+        collator_of(data, num_mel_bins, is_preference=True in kinds),
+        inputs,
+        tasks,
+        quarantine,
+        rank=rank,
+        world_size=world_size,
+        packs_per_forward=data.packs_per_forward,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+    )
+
+
+def _check(data: DataConfig) -> None:
+    if data.loss_weighting is LossWeighting.task:
+        raise ConfigError("data.loss_weighting=task: streams do not know their tasks; index the sources, or use sample")
+    if data.order is not Order.shuffled:
+        raise ConfigError(f"data.order={data.order}: streams know no lengths; index the sources, or use shuffled")
+    for name, source in data.sources.items():
+        if source.epochs is not None or source.max_examples is not None:
+            raise ConfigError(f"data.sources.{name}: epochs and max_examples need an index; leave streaming unset")
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Examples of a corpus, shard by shard."""
+
+    corpus: Corpus
+
+    @property
+    def fingerprint(self) -> str:
+        """Names of the shards, sizes of the local ones, and what becomes of their rows."""
+        sizes = [os.path.getsize(f) if os.path.isfile(f) else -1 for f in self.corpus.files]
+        mapping = [sorted(self.corpus.columns.items()), sorted(self.corpus.constants.items())]
+        return text_hash(str([os.path.basename(f) for f in self.corpus.files]), str(sizes), str(mapping))
+
+    def read(self, shard: int) -> Iterator[Raw | BadExample]:
+        """The examples of a shard; what cannot be read comes as a bad one in its place."""
+        number = 0
+        place = self.corpus.place(shard)
+        try:
+            for number, row, contents in self.corpus.rows_with_bytes(shard):
+                yield self._example(row, contents, place, number)
+        except Exception as error:  # a shard that vanishes or breaks off costs the rest of itself
+            yield BadExample.of(error, f"{place}:{number + 1}")
+
+    def _example(self, row: Row | ManifestError, contents: Contents, place: str, number: int) -> Raw | BadExample:
+        try:
+            if isinstance(row, ManifestError):
+                raise row
+            return Raw(parse_line(json.dumps(self.corpus.record(row)), place, number), contents)
+        except (ManifestError, TypeError) as error:
+            return BadExample.of(error, f"{place}:{number}", line=number)
+
+
+def _measure(maker: Maker, raw: Raw) -> Measured:
+    return maker.measure(raw.example, raw.contents)
+
+
+def _make(maker: Maker, raw: Raw, source: int, number: int) -> Sample:
+    return maker.make(raw.example, source, number, raw.contents)
+
+
+def _first_task(source: StreamSource) -> tuple[str, ...]:
+    """The task of the first good example of the first shard, none if it has none."""
+    first = next((row.example for row in source.read(0) if isinstance(row, Raw)), None)
+    return () if first is None else (task_of(first),)

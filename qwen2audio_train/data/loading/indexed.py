@@ -1,0 +1,248 @@
+"""The loader: steps of packed batches, planned here, materialised in workers, resumed exactly.
+
+The main process plans on metadata and hands out requests (which examples stand in which pack); workers only turn them
+into tensors. So neither the number of workers nor how far they have run ahead has any part in the state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from qwen2audio_train.config.data import OnChangedData
+from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.loading.telemetry import Telemetry
+from qwen2audio_train.data.order.index import Index
+from qwen2audio_train.data.order.planner import Cursor, Pack, Planner, deal, steps
+from qwen2audio_train.data.order.state import restore, save_state
+from qwen2audio_train.data.quarantine import BadExample, Quarantine
+from qwen2audio_train.data.samples.collate import Batch
+from qwen2audio_train.data.samples.sample import Sample
+
+KEPT_MARKS = 1000
+
+WINDOWS_AHEAD = 4
+"""Windows whose remote shards are fetched before they are needed."""
+
+Materialise = Callable[[Example, int, int], Sample]
+"""(example, number of its source, pass over the source) -> Sample."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a worker hands back beside the tensors: the examples that it could not use, and the seconds it took.
+
+    Decoding has `decode_s` of the `seconds`.
+    """
+
+    num_examples: int
+    bad: list[BadExample]
+    seconds: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class PackDataset(Dataset[tuple[Batch, Made]]):
+    """From a request, rows (n, 3) of (source, pass, example), to a packed batch. Runs in the workers."""
+
+    names: tuple[str, ...]
+    indexes: tuple[Index, ...]
+    materialise: Materialise
+    collate: Callable[[list[Sample]], Batch]
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> tuple[Batch, Made]:
+        began = time.perf_counter()
+        samples: list[Sample] = []
+        bad: list[BadExample] = []
+        for source, number, position in rows.tolist():
+            name = f"{self.names[source]}#{position}"
+            try:
+                example = self.indexes[source].read(position)
+                name = example.id
+                samples.append(self.materialise(example, source, number))
+            except Exception as error:  # whatever is wrong with an example costs this example alone
+                bad.append(BadExample.of(error, name, self.names[source]))
+        decode_s = sum(sample.decode_s for sample in samples)
+        return self.collate(samples), Made(len(rows), bad, time.perf_counter() - began, decode_s)
+
+
+@dataclass
+class _Mark:
+    """The state behind a step, and what the step held."""
+
+    cursor: Cursor
+    packs: list[Pack]
+    left_out: NDArray[np.int64]
+
+
+@dataclass
+class PackLoader:
+    """Packed batches for one rank, step by step, endlessly or for `epochs`.
+
+    Every optimiser step is `packs_per_step` packs over all ranks; each rank gets `batches_per_step` batches of it,
+    fillers included, each of `packs_per_forward` packs. Iterating goes on behind the last step handed out whole.
+    """
+
+    planner: Planner
+    dataset: PackDataset
+    packs_per_step: int
+    quarantine: Quarantine
+    rank: int = 0
+    world_size: int = 1
+    packs_per_forward: int = 1
+    epochs: int | None = None
+    num_workers: int = 0
+    prefetch_factor: int = 4
+    on_changed_data: OnChangedData = OnChangedData.refuse
+    prefetch: Callable[[str], object] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks")
+        budget = self.planner.tokens_per_pack if self.planner.samples_per_pack is None else None
+        self.telemetry = Telemetry({s.name: s.probability for s in self.planner.mixture.sources}, budget)
+        self._start, self._start_step = Cursor(), 0
+        self._marks: dict[int, _Mark] = {}
+        self._done = 0
+        self._looked_from = (-1, -1)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Name of every `source_id`."""
+        return self.dataset.names
+
+    @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """The tasks of every source ("chat", "preference" for those forms)."""
+        return {name: tuple(i.task_counts) for name, i in zip(self.source_names, self.planner.indexes, strict=True)}
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of one optimiser step on each rank: the number of gradient accumulation steps."""
+        packs = math.ceil(self.packs_per_step / self.world_size)
+        return math.ceil(packs / self.packs_per_forward)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps that were handed out whole, since the very start of the run."""
+        return self._done
+
+    def num_steps(self, epochs: int = 1) -> int:
+        """Optimiser steps of the first epochs, by planning them."""
+        return -(-self.planner.num_slots(epochs) // self.packs_per_step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._rewind_to(self._done)
+        loader = DataLoader(
+            self.dataset,
+            sampler=_Requests(self._requests),
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            # Of its own: one draw from the global generator, and dropout would differ after a resume.
+            generator=torch.Generator(),
+        )
+        made = iter(loader)
+        while True:
+            for place in range(self.batches_per_step):
+                began = time.perf_counter()
+                item = next(made, None)
+                if item is None:
+                    return
+                batch, info = item
+                self.telemetry.add_work(info.seconds, info.decode_s, time.perf_counter() - began, info.bad)
+                self.quarantine.add(info.num_examples, info.bad)
+                if place + 1 == self.batches_per_step:
+                    self._done += 1
+                    self._count(self._done)
+                yield batch
+
+    def _requests(self) -> Iterator[NDArray[np.int64]]:
+        number = self._start_step
+        for packs, cursor, left_out in steps(self.planner, self._start, self.packs_per_step, self.epochs):
+            number += 1
+            self._look_ahead(cursor)
+            self._marks[number] = _Mark(cursor, packs, left_out)
+            mine = deal(packs, self.world_size)[self.rank]
+            for first in range(0, len(mine), self.packs_per_forward):
+                yield np.concatenate([pack.rows for pack in mine[first : first + self.packs_per_forward]])
+
+    def _look_ahead(self, cursor: Cursor) -> None:
+        """Have the remote shards of the next windows fetched, once per window."""
+        if self.prefetch is None or not any(index.is_remote for index in self.planner.indexes):
+            return
+        place = (cursor.epoch, cursor.window)
+        if place != self._looked_from:
+            self._looked_from = place
+            for window in range(cursor.window, cursor.window + WINDOWS_AHEAD):
+                for url in self.planner.remote_shards(cursor.epoch, window):
+                    self.prefetch(url)
+
+    def _count(self, step: int) -> None:
+        mark = self._marks[step]
+        rows = np.concatenate([pack.rows for pack in mark.packs])
+        for source in np.unique(rows[:, 0]).tolist():
+            here = rows[rows[:, 0] == source]
+            seconds = float(self.planner.indexes[source].records[here[:, 2]]["duration_s"].sum(dtype=np.float64))
+            self.telemetry.add_examples(source, len(here), seconds, int(here[:, 1].max()))
+        self.telemetry.add_too_long(mark.left_out[:, 0])
+        full = [pack for pack in mark.packs if len(pack.rows)]
+        self.telemetry.add_packs(len(full), sum(pack.tokens for pack in full))
+        mark.packs = []
+        self._marks.pop(step - KEPT_MARKS, None)
+
+    def _rewind_to(self, step: int) -> None:
+        if step != self._start_step:
+            self._start, self._start_step = self._marks[step].cursor, step
+        self._marks = {}
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """The state behind `step` optimiser steps of the run (default: those handed out whole); a small JSON object.
+
+        Raises:
+            KeyError: the step was not handed out, or lies more than 1 000 steps back.
+        """
+        step = self._done if step is None else step
+        if step == self._start_step:
+            cursor = self._start
+        elif step in self._marks and step <= self._done:
+            cursor = self._marks[step].cursor
+        else:
+            raise KeyError(f"no state for step {step}: {self._done} steps were handed out, the last 1 000 are kept")
+        state = save_state(self.planner, self.packs_per_step, step, cursor)
+        return state | {"seen": self.telemetry.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind a saved state: the next batch is the one that would have followed.
+
+        Raises:
+            DataStateError: what decides the order has changed; says what.
+        """
+        self.planner, self._start = restore(self.planner, self.packs_per_step, state, self.on_changed_data)
+        self._start_step = self._done = state["step"]
+        self._marks = {}
+        self.telemetry.load_state_dict(state["seen"])
+
+
+class _Requests:
+    """A sampler for DataLoader: it must be an object whose `iter` starts anew."""
+
+    def __init__(self, make: Callable[[], Iterator[NDArray[np.int64]]]):
+        self._make = make
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        return self._make()
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,116 @@
+"""Data sets in the form of the `datasets` library: on disk, from the hub, or streamed from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.manifests.readers import TABLES, class_names, name_classes
+
+KINDS = (("parquet", "**/*.parquet"), ("arrow", "**/*.arrow"), ("json", "**/*.jsonl"))
+"""Builders of `datasets` for a local folder, and the files that it is told by."""
+
+
+@dataclass(frozen=True)
+class HubStream:
+    """A data set that is read front to back, shard by shard, without a copy on disk; or `files` of one."""
+
+    path: str
+    subset: str | None
+    split: str | None
+    revision: str | None
+    files: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.path, self.subset, self.split)))
+
+    @property
+    def num_shards(self) -> int:
+        return int(self._dataset.num_shards)
+
+    def rows(self, shard: int, audio: str) -> Iterator[tuple[dict[str, Any], tuple[bytes | None, ...] | None]]:
+        """The rows of a shard with the bytes of the audio; the column `audio` becomes the path that stands beside them.
+
+        Columns: the data set's own, class labels by their names, and `__key__`, the row's number.
+        """
+        features = self._dataset.features
+        classes = class_names(features.to_dict()) if features else {}
+        for number, row in enumerate(self._raw_audio(audio).shard(self.num_shards, shard)):
+            row = name_classes(row, classes)
+            cell = row[audio] if isinstance(row.get(audio), dict) else {"path": row.get(audio)}
+            data = cell.get("bytes")
+            path = cell.get("path") or f"{shard}-{number}"
+            yield {"__key__": f"{shard}/{number}", **row, audio: path}, None if data is None else (data,)
+
+    def _raw_audio(self, audio: str) -> Any:
+        from datasets import Audio
+
+        features = self._dataset.features or {}
+        return self._dataset.cast_column(audio, Audio(decode=False)) if audio in features else self._dataset
+
+    @cached_property
+    def _dataset(self) -> Any:
+        return _load(self.path, self.subset, self.split, self.revision, streaming=True, files=self.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_dataset"}
+
+
+def is_table(path: str) -> bool:
+    """Whether a path names files of a data set (globs too) and not the data set."""
+    return path.endswith(TABLES)
+
+
+def arrow_files(path: str, subset: str | None, split: str | None, revision: str | None) -> list[str]:
+    """The Arrow files of a data set on disk (`save_to_disk`), or of one from the hub, downloaded if need be.
+
+    Parquet files become Arrow files in the cache of `datasets` (a second copy on disk; `streaming` makes none).
+
+    Raises:
+        ConfigError: a split is missing; a choice of rows (`select`, `shuffle`) lies over the files.
+    """
+    if path.endswith(".arrow"):
+        return [path]
+    folder = Path(path)
+    if split and (folder / split / "state.json").exists():
+        folder = folder / split
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise ConfigError(f"{path}: split {split!r} is none of {', '.join(splits)}")
+    if (folder / "state.json").exists():
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if saved.get("_indices_data_files"):
+            raise ConfigError(f"{path}: holds a selection of rows; call flatten_indices() before save_to_disk()")
+        return [str(folder / item["filename"]) for item in saved["_data_files"]]
+    loaded = _load(path, subset, split, revision, streaming=False, files=(path,) if is_table(path) else ())
+    return [os.path.abspath(item["filename"]) for item in loaded.cache_files]
+
+
+def _load(
+    path: str, subset: str | None, split: str | None, revision: str | None, streaming: bool, files: tuple[str, ...]
+) -> Any:
+    from datasets import load_dataset  # slow to import, and only these sources need it
+
+    if files:
+        return load_dataset(Path(files[0]).suffix[1:], data_files=list(files), split="train", streaming=streaming)
+    if split is None:
+        raise ConfigError(f"{path}: name a split")
+    folder = Path(path)
+    try:
+        if not folder.is_dir():
+            return load_dataset(path, subset, split=split, revision=revision, streaming=streaming)
+        kind = next((kind for kind, pattern in KINDS if next(folder.glob(pattern), None)), None)
+        if kind is None:
+            raise ConfigError(f"{path}: neither files of save_to_disk() nor Parquet, Arrow or JSONL are in it")
+        return load_dataset(kind, data_dir=path, split=split, streaming=streaming)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error

@@ -1,0 +1,297 @@
+"""Manifest lines (JSONL) and what they become: frozen examples, or an error that names file, line and field.
+
+Four forms, told apart by their keys (data_manifests/README.md has the whole schema):
+
+    {"id": "a1", "audio": "a1.flac", "duration_s": 3.2, "task": "asr", "language": "en", "target": "hello"}
+    {"id": "b1", "messages": [{"role": "user", "content": [{"type": "audio", "audio": "b1.flac", "duration_s": 3.2},
+                                                           {"type": "text", "text": "What is said?"}]},
+                              {"role": "assistant", "content": "Hello."}]}
+    {"id": "c1", "prompt": [{"role": "user", "content": [...]}], "chosen": "Hello.", "rejected": "Bye."}
+    {"id": "d1", "prompt": [{"role": "user", "content": [...]}], "completion": "Bye.", "label": false}
+
+A clip is a path, or an object {"path", "duration_s", "start_s", "end_s", "channel"}. A path is local (relative to the
+manifest's folder; `..` is allowed, as audio often lies beside the manifests), a member of a tar file
+(`shard.tar::a/b.flac`), or a URL.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen2audio_train.data.examples import (
+    ChatExample,
+    Clip,
+    Example,
+    Message,
+    PreferenceExample,
+    TaskExample,
+    UnpairedExample,
+    clips_of,
+)
+from qwen2audio_train.data.manifests.json_object import ManifestError, Record, load_record
+from qwen2audio_train.data.prompts.pools import missing_fields, task_names
+from qwen2audio_train.layout import MIN_DURATION_S
+
+__all__ = [
+    "ChatExample",
+    "Clip",
+    "Example",
+    "ManifestError",
+    "Message",
+    "PreferenceExample",
+    "TaskExample",
+    "UnpairedExample",
+    "clips_of",
+    "parse_line",
+    "read_manifest",
+    "to_record",
+    "validate_manifest",
+]
+
+ROLES = ("system", "user", "assistant")
+MODES = ("voice_chat", "analysis")
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
+
+COMMON_KEYS = ("id", "source", "meta")
+CLIP_KEYS = ("path", "duration_s", "start_s", "end_s", "channel")
+TASK_KEYS = ("audio", "duration_s", "task", "language", "target", "text_language", "question")
+CHAT_KEYS = ("messages", "mode")
+PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
+UNPAIRED_KEYS = ("prompt", "completion", "label")
+A_CLIP = "a path, or an object with path"
+
+
+def read_manifest(path: str | Path) -> list[Example]:
+    """All examples of a manifest. Raises the ManifestError of the first bad line (`validate_manifest` finds all)."""
+    examples: list[Example] = []
+    for item in parse_manifest(Path(path)):
+        if isinstance(item, ManifestError):
+            raise item
+        examples.append(item)
+    return examples
+
+
+def validate_manifest(path: str | Path) -> list[ManifestError]:
+    """Every bad line of a manifest, in order; an empty list is a good manifest."""
+    return [item for item in parse_manifest(Path(path)) if isinstance(item, ManifestError)]
+
+
+def parse_manifest(path: str | Path) -> Iterator[Example | ManifestError]:
+    """Every line's example or error; blank lines are passed over."""
+    seen: dict[str, int] = {}
+    empty = True
+    with Path(path).open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if not raw.strip():
+                continue
+            empty = False
+            try:
+                example = parse_line(raw, str(path), number)
+            except ManifestError as error:
+                yield error
+                continue
+            first = seen.setdefault(example.id, number)
+            if first == number:
+                yield example
+            else:
+                found = f'"{example.id}", as in line {first}'
+                yield ManifestError(str(path), number, "id", "an id of its own", found)
+    if empty:
+        yield ManifestError(str(path), 1, "", "one JSON object per line", "an empty file")
+
+
+def parse_line(text: str | bytes, file: str, line: int) -> Example:
+    """One line as an example; relative clip paths are resolved against the folder of `file`. Raises ManifestError."""
+    record = load_record(text, file, line)
+    if "messages" in record.values:
+        return _chat_example(record)
+    if "completion" in record.values or {"prompt", "label"} <= record.values.keys():
+        return _unpaired_example(record)
+    if any(key in record.values for key in PREFERENCE_KEYS):
+        return _preference_example(record)
+    return _task_example(record)
+
+
+def _common(record: Record, keys: tuple[str, ...]) -> dict[str, Any]:
+    record.check_keys(COMMON_KEYS + keys)
+    if not isinstance(record.get("meta"), (dict, type(None))):
+        raise record.error("meta", "an object")
+    source = record.optional_text("source") or os.path.splitext(os.path.basename(record.file))[0]
+    return {"id": record.text("id"), "source": source, "meta": record.get("meta") or {}}
+
+
+def _task_example(record: Record) -> TaskExample:
+    example = TaskExample(
+        **_common(record, TASK_KEYS),
+        clip=_clip(record, "audio"),
+        task=record.choice("task", task_names()),
+        language=_language(record, "language"),
+        target=record.text("target"),
+        text_language=_language(record, "text_language"),
+        question=record.optional_text("question"),
+    )
+    for key in missing_fields(example.task, example):
+        raise record.error(key, f'a value, which every prompt of the task "{example.task}" needs')
+    return example
+
+
+def _chat_example(record: Record) -> ChatExample:
+    common = _common(record, CHAT_KEYS)
+    messages = _messages(record, "messages")
+    if not any(message.role == "user" for message in messages):
+        raise record.error("messages", "at least one user message", "none")
+    mode = record.choice("mode", MODES) if record.get("mode") is not None else None
+    return ChatExample(**common, messages=messages, mode=mode)
+
+
+def _preference_example(record: Record) -> PreferenceExample:
+    common = _common(record, PREFERENCE_KEYS)
+    prompt = _prompt(record)
+    chosen = record.text("chosen")
+    if isinstance(record.get("rejected"), list):
+        answers = record.items("rejected", "text, or a non-empty list of texts")
+        inner = Record({str(index): text for index, text in enumerate(answers)}, record.file, record.line, "rejected.")
+        rejected = tuple(inner.text(key) for key in inner.values)
+    else:
+        rejected = (record.text("rejected"),)
+    if chosen in rejected:
+        raise record.error("rejected", "an answer that differs from the chosen one")
+    return PreferenceExample(**common, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _unpaired_example(record: Record) -> UnpairedExample:
+    common = _common(record, UNPAIRED_KEYS)
+    label = record.get("label")
+    if not isinstance(label, bool):
+        raise record.error("label", "true for a desirable answer, false for an undesirable one")
+    return UnpairedExample(**common, prompt=_prompt(record), completion=record.text("completion"), label=label)
+
+
+def _prompt(record: Record) -> tuple[Message, ...]:
+    prompt = _messages(record, "prompt")
+    if prompt[-1].role != "user":
+        raise record.error("prompt", "messages that end with a user message", f"a last one by the {prompt[-1].role}")
+    return prompt
+
+
+def _messages(record: Record, key: str) -> tuple[Message, ...]:
+    messages = []
+    for index, value in enumerate(record.items(key, "a non-empty list of messages")):
+        item = record.child(f"{key}[{index}]", value, "an object with role and content")
+        messages.append(_message(item, ROLES if index == 0 else ROLES[1:]))
+    return tuple(messages)
+
+
+def _message(record: Record, roles: tuple[str, ...]) -> Message:
+    record.check_keys(("role", "content"))
+    role = record.choice("role", roles)
+    if isinstance(record.get("content"), str):
+        return Message(role, (record.text("content"),))
+    parts = []
+    for index, value in enumerate(record.items("content", "text, or a non-empty list of parts")):
+        part = record.child(f"content[{index}]", value, 'an object with type "audio" or "text"')
+        parts.append(_part(part))
+    if role != "user" and any(isinstance(part, Clip) for part in parts):
+        raise record.error("content", f"text alone, since the {role} cannot send audio", "audio")
+    return Message(role, tuple(parts))
+
+
+def _part(record: Record) -> Clip | str:
+    if record.choice("type", ("audio", "text")) == "text":
+        record.check_keys(("type", "text"))
+        return record.text("text")
+    key = "audio_url" if "audio_url" in record.values and "audio" not in record.values else "audio"
+    record.check_keys(("type", key, "duration_s"))
+    return _clip(record, key)
+
+
+def _clip(record: Record, key: str) -> Clip:
+    """The clip below `key`; its duration may stand in its own object or beside it."""
+    value = record.get(key)
+    if isinstance(value, dict):
+        inner = record.child(key, value, A_CLIP)
+        inner.check_keys(CLIP_KEYS)
+        path = inner.text("path")
+    elif isinstance(value, str):
+        inner = Record({}, record.file, record.line)
+        path = record.text(key)
+    else:
+        raise record.error(key, A_CLIP)
+    start = inner.seconds("start_s", 0.0) or 0.0
+    end = inner.seconds("end_s", start + MIN_DURATION_S)
+    outside, inside = record.seconds("duration_s", MIN_DURATION_S), inner.seconds("duration_s", MIN_DURATION_S)
+    if outside is not None and inside is not None and outside != inside:
+        raise record.error("duration_s", f"the clip's own {inside:g}, or one of the two")
+    duration = inside if inside is not None else outside
+    if end is not None:
+        if duration is not None and abs(duration - (end - start)) > 1e-3:
+            place = inner if inside is not None else record
+            raise place.error("duration_s", f"end_s - start_s = {end - start:g}, the length of the slice")
+        duration = end - start
+    return Clip(_resolve(path, record, key), duration, start, end, _channel(inner))
+
+
+def _channel(record: Record) -> int | None:
+    channel = record.get("channel")
+    if channel is not None and (not isinstance(channel, int) or isinstance(channel, bool) or channel < 0):
+        raise record.error("channel", "the number of a channel, counted from 0")
+    return channel
+
+
+def _resolve(path: str, record: Record, key: str) -> str:
+    if "\0" in path:
+        raise record.error(key, "a path", "a zero byte in it")
+    if "://" in path:
+        return path
+    file, separator, member = path.partition(".tar::")
+    if separator and (not member or member.startswith("/") or ".." in member.split("/")):
+        raise record.error(key, "a tar member's own path, without a leading / or ..", f'"{member}"')
+    return os.path.normpath(os.path.join(os.path.dirname(record.file), file)) + separator + member
+
+
+def _language(record: Record, key: str) -> str | None:
+    value = record.get(key)
+    if value is None or (isinstance(value, str) and LANGUAGE.fullmatch(value)):
+        return value
+    raise record.error(key, 'a language code such as "en", "zh" or "yue"')
+
+
+def to_record(example: Example, folder: str | Path) -> dict[str, Any]:
+    """The manifest line of an example for a manifest in `folder`, which local paths are written relative to."""
+    if isinstance(example, TaskExample):
+        names = ("task", "language", "text_language", "question", "target")
+        fields = _clip_fields(example.clip, folder) | {name: getattr(example, name) for name in names}
+    elif isinstance(example, ChatExample):
+        fields = {"mode": example.mode, "messages": _message_records(example.messages, folder)}
+    elif isinstance(example, UnpairedExample):
+        prompt = _message_records(example.prompt, folder)
+        fields = {"prompt": prompt, "completion": example.completion, "label": example.label}
+    else:
+        rejected = example.rejected[0] if len(example.rejected) == 1 else list(example.rejected)
+        prompt = _message_records(example.prompt, folder)
+        fields = {"prompt": prompt, "chosen": example.chosen, "rejected": rejected}
+    record = {"id": example.id, "source": example.source, **fields, "meta": dict(example.meta) or None}
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _message_records(messages: tuple[Message, ...], folder: str | Path) -> list[dict[str, Any]]:
+    def part(item: Clip | str) -> dict[str, Any]:
+        if isinstance(item, str):
+            return {"type": "text", "text": item}
+        return {"type": "audio", **_clip_fields(item, folder)}
+
+    return [{"role": message.role, "content": [part(item) for item in message.content]} for message in messages]
+
+
+def _clip_fields(clip: Clip, folder: str | Path) -> dict[str, Any]:
+    file, separator, member = clip.path.partition(".tar::")
+    path = clip.path if "://" in clip.path else os.path.relpath(file, folder) + separator + member
+    whole = clip.start_s == 0.0 and clip.end_s is None
+    bounds = {"start_s": None if whole else clip.start_s, "end_s": clip.end_s, "channel": clip.channel}
+    given = {key: value for key, value in bounds.items() if value is not None}
+    length = {} if clip.duration_s is None else {"duration_s": clip.duration_s}
+    return {"audio": {"path": path, **given} if given else path, **length}

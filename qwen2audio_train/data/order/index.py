@@ -1,0 +1,254 @@
+"""The index of a source: where each example stands in its manifest and how long it is. Planning opens no audio.
+
+An index is a folder in the cache, named by a hash of all that it depends on: `records.bin` (28 bytes an example, memory
+mapped: 100 million examples are 2.8 GB of page cache, of which a planner maps 8 MB at a time), `index.json`, and
+`bad.jsonl`, the lines that are no example. It is built in parts by several processes; a build that was interrupted goes
+on with the parts that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.manifests.cache import Manifest, unreadable
+from qwen2audio_train.data.manifests.manifest import parse_line
+from qwen2audio_train.data.quarantine import BadExample
+from qwen2audio_train.data.storage.files import content_hash, locked, text_hash
+from qwen2audio_train.data.storage.parallel import in_order, processes
+
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("duration_s", "<f4"),
+        ("audio_tokens", "<u4"),
+        ("text_tokens", "<u4"),
+        ("file", "<u2"),
+        ("task", "<u2"),
+    ]
+)
+"""Bytes [offset, offset + length) of manifest number `file`, seconds of audio, tokens, number of the task."""
+
+VERSION = 2
+MOST_FILES = 2**16
+PART_BYTES = 4 * 2**20
+"""What one process reads at a time, and at most what it does again after an interruption: some 20 000 lines."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the planner knows of an example; text tokens are all that are no audio, branches included."""
+
+    duration_s: float
+    audio_tokens: int
+    text_tokens: int
+    task: str
+
+
+Measure = Callable[[Example], Measured]
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index that lies in `folder`; it pickles as its path and is mapped anew wherever it is used.
+
+    `content` is a hash of the manifests, `fingerprint` of them and of all that the counts depend on.
+    """
+
+    folder: Path
+    files: tuple[Manifest, ...]
+    task_counts: dict[str, int]
+    file_counts: tuple[int, ...]
+    content: str
+    fingerprint: str
+
+    @cached_property
+    def records(self) -> NDArray[np.void]:
+        """(n,) RECORD, memory mapped."""
+        path = self.folder / "records.bin"
+        if not path.stat().st_size:
+            return np.empty(0, RECORD)
+        records = np.memmap(path, RECORD, mode="r")
+        _advise(records, mmap.MADV_RANDOM)  # else every record brings 64 KiB of neighbours along
+        return records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("records", "by_length")}
+
+    def read(self, number: int) -> Example:
+        """Example `number`, in one read. Raises ManifestError or OSError when the manifest is no longer what it was."""
+        record = self.records[number]
+        manifest = self.files[record["file"]]
+        with open(manifest.path, "rb") as file:
+            line = os.pread(file.fileno(), int(record["length"]), int(record["offset"]))
+        return parse_line(line, manifest.place, number + 1)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the audio lies in shards that have to be fetched."""
+        return any("://" in file.place for file in self.files)
+
+    def bad(self) -> list[BadExample]:
+        """The lines that are no example, with the reason."""
+        with (self.folder / "bad.jsonl").open(encoding="utf-8") as lines:
+            return [BadExample(**json.loads(line)) for line in lines]
+
+    @cached_property
+    def by_length(self) -> NDArray[np.uint32]:
+        """(n,) numbers of the examples from short to long, where a length varies by a fixed tenth up or down."""
+        path = self.folder / "by_length.npy"
+        if not path.exists():
+            jitter = np.random.default_rng(0).uniform(0.9, 1.1, len(self)).astype(np.float32)
+            order = np.argsort(self.records["duration_s"] * jitter, kind="stable").astype(np.uint32)
+            partial_path = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(partial_path, order)
+            os.replace(partial_path, path)
+        return np.load(path, mmap_mode="r")
+
+
+def release(records: NDArray[np.void]) -> None:
+    """Unmap the pages that were read: they stay in the page cache, but no longer count as memory of this process."""
+    _advise(records, mmap.MADV_DONTNEED)
+
+
+def _advise(records: NDArray[np.void], advice: int) -> None:
+    if isinstance(records.base, mmap.mmap):
+        records.base.madvise(advice)
+
+
+def open_index(
+    files: Sequence[Manifest], measure: Measure, measure_key: str, cache_dir: str | Path, num_workers: int = 0
+) -> Index:
+    """The index of the manifests `files`, built if the cache lacks it.
+
+    Args:
+        measure: counts an example's tokens; picklable when num_workers > 0.
+        measure_key: names everything that `measure` depends on (tokenizer, prompts): a change makes another index.
+
+    Raises:
+        FileNotFoundError: a manifest does not exist.
+        ConfigError: more files than an index can tell apart.
+    """
+    if len(files) > MOST_FILES:
+        raise ConfigError(f"{len(files)} files in one source; {MOST_FILES} are the most: put some of them together")
+    content = text_hash(*(content_hash(file.path) for file in files))
+    fingerprint = text_hash(str(VERSION), measure_key, content)
+    folder = Path(cache_dir) / "index" / fingerprint
+    if not (folder / "index.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):
+            if not (folder / "index.json").exists():
+                _build(folder, files, measure, num_workers)
+    head = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    return Index(folder, tuple(files), head["task_counts"], tuple(head["file_counts"]), content, fingerprint)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The lines of manifest `file` (number `number`) that start in the bytes [start, stop)."""
+
+    file: Manifest
+    number: int
+    start: int
+    stop: int
+
+
+def _build(folder: Path, files: Sequence[Manifest], measure: Measure, num_workers: int) -> None:
+    parts = [
+        _Part(file, number, start, min(start + PART_BYTES, size))
+        for number, file in enumerate(files)
+        for size in [os.path.getsize(file.path)]
+        for start in range(0, size, PART_BYTES)
+    ]
+    jobs = [(part, folder / f"part-{number:06d}.json") for number, part in enumerate(parts)]
+    todo = [job for job in jobs if not job[1].exists()]
+    build_part = partial(_build_part, measure)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="index", disable=None) as bar:
+        if num_workers > 0 and len(todo) > 1:
+            with processes(num_workers) as pool:
+                for _ in in_order(pool, build_part, todo, ahead=4 * num_workers):
+                    bar.update()
+        else:
+            for job in todo:
+                build_part(job)
+                bar.update()
+    _join_parts(folder, [path for _, path in jobs], parts, len(files))
+
+
+def _build_part(measure: Measure, job: tuple[_Part, Path]) -> None:
+    part, path = job
+    rows: list[tuple[float, ...]] = []
+    tasks: dict[str, int] = {}
+    bad: list[BadExample] = []
+    line = 0
+    for line, (offset, raw) in enumerate(_lines(part), start=1):
+        if not raw.strip():
+            continue
+        try:
+            if (reason := unreadable(raw)) is not None:
+                raise ValueError(reason)
+            m = measure(parse_line(raw, part.file.place, line))
+        except Exception as error:  # whatever is wrong with a line costs this line alone
+            bad.append(BadExample.of(error, example=f"{part.file.place}:{line}", line=line))
+            continue
+        task = tasks.setdefault(m.task, len(tasks))
+        rows.append((offset, len(raw), m.duration_s, m.audio_tokens, m.text_tokens, part.number, task))
+    np.array(rows, RECORD).tofile(path.with_suffix(".bin"))
+    head = {"tasks": list(tasks), "num_lines": line, "bad": [asdict(b) for b in bad]}
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(head), encoding="utf-8")
+    os.replace(partial_path, path)
+
+
+def _lines(part: _Part) -> Iterator[tuple[int, bytes]]:
+    with open(part.file.path, "rb") as file:
+        if part.start:
+            file.seek(part.start - 1)
+            file.readline()
+        offset = file.tell()
+        while offset < part.stop and (raw := file.readline()):
+            yield offset, raw
+            offset += len(raw)
+
+
+def _join_parts(folder: Path, paths: list[Path], parts: list[_Part], num_files: int) -> None:
+    """One file out of the parts, with one list of tasks and line numbers counted from the start of their manifest."""
+    tasks: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    file_counts = [0] * num_files
+    lines_before: dict[int, int] = {}
+    with (folder / "records.bin").open("wb") as out, (folder / "bad.jsonl").open("w", encoding="utf-8") as bad_file:
+        for path, part in zip(paths, parts, strict=True):
+            head = json.loads(path.read_text(encoding="utf-8"))
+            rows = np.fromfile(path.with_suffix(".bin"), RECORD)
+            numbers = np.array([tasks.setdefault(task, len(tasks)) for task in head["tasks"]] or [0], dtype="<u2")
+            for task, count in zip(head["tasks"], np.bincount(rows["task"]).tolist(), strict=True):
+                counts[task] = counts.get(task, 0) + count
+            rows["task"] = numbers[rows["task"]]
+            file_counts[part.number] += len(rows)
+            out.write(rows.tobytes())
+            before = lines_before.get(part.number, 0)
+            for entry in head["bad"]:
+                bad_file.write(json.dumps(entry | {"line": entry["line"] + before}, ensure_ascii=False) + "\n")
+            lines_before[part.number] = before + head["num_lines"]
+    head = {"task_counts": counts, "file_counts": file_counts}
+    partial_path = folder / "index.partial"
+    partial_path.write_text(json.dumps(head), encoding="utf-8")
+    os.replace(partial_path, folder / "index.json")
+    for path in folder.glob("part-*"):
+        path.unlink()

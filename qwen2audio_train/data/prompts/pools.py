@@ -1,0 +1,138 @@
+"""Prompts of the task form: which words, or which tags, ask the model for a target.
+
+The pools are data, one YAML file per family of tasks under pools/ (speech.yaml describes the format); a task
+exists because it has a pool. Two styles: `natural` prompts, as in Qwen2-Audio, and the `hierarchical_tags` of
+Qwen-Audio (arXiv:2311.07919), so that the choice between them is one setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+from string import Formatter
+from typing import Any, Literal
+
+import yaml
+
+PromptStyle = Literal["natural", "hierarchical_tags"]
+PLACEHOLDERS = ("language", "language_name", "text_language", "text_language_name", "question")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt with placeholders, and what the answer starts with (learnt in training, given in evaluation)."""
+
+    prompt: str
+    answer_prefix: str = ""
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """Fields of the example that the template names."""
+        return _placeholders(self.prompt) | _placeholders(self.answer_prefix)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All prompts of one task: what it is about, natural prompts, tags, and fields that every prompt needs."""
+
+    about: str
+    prompts: tuple[PromptTemplate, ...]
+    tags: Mapping[str, str]
+    needs: tuple[str, ...] = ()
+
+
+def task_names() -> tuple[str, ...]:
+    """All tasks, in the order of the pools."""
+    return tuple(_pools())
+
+
+def describe_tasks() -> dict[str, str]:
+    """Every task with the few words that say what it is."""
+    return {name: pool.about for name, pool in _pools().items()}
+
+
+def missing_fields(task: str, example: Any) -> list[str]:
+    """Fields that the task cannot do without and that the example lacks."""
+    return [name for name in _pools()[task].needs if getattr(example, name) is None]
+
+
+def choose_prompt(example: Any, style: PromptStyle, seed: int, fixed: bool = False) -> PromptTemplate:
+    """The template for a TaskExample: a pure function of (seed, id), or with `fixed` the first that fits.
+
+    A template fits when the example has every field that it names. `text_language` defaults to `language` for ASR-like
+    tasks and to English otherwise, so it is always there unless the task needs it said.
+    """
+    if style == "hierarchical_tags":
+        return _tag_template(example)
+    available = prompt_fields(example)
+    fitting = [template for template in _pools()[example.task].prompts if template.fields <= available.keys()]
+    if fixed:
+        return fitting[0]
+    digest = hashlib.blake2b(f"{seed}/{example.id}".encode(), digest_size=8).digest()
+    return fitting[int.from_bytes(digest, "big") % len(fitting)]
+
+
+def prompt_fields(example: Any) -> dict[str, str]:
+    """What the placeholders stand for in this example."""
+    text_language = example.text_language or "en"
+    fields = {"text_language": text_language, "text_language_name": language_name(text_language)}
+    if example.language is not None:
+        fields |= {"language": example.language, "language_name": language_name(example.language)}
+    if example.question is not None:
+        fields["question"] = example.question
+    return fields
+
+
+def language_name(code: str) -> str:
+    """English name of a language code; a code without a known name stands for itself."""
+    return _languages().get(code, code)
+
+
+def tag_tokens(languages: Iterable[str], style: PromptStyle) -> list[str]:
+    """Tags that the prompts of a style may hold, for a tokenizer that is to have them as tokens of their own."""
+    tags = [f"<|{language}|>" for language in languages]
+    if style == "natural":
+        return tags
+    parts = [value for pool in _pools().values() for value in pool.tags.values()]
+    fixed = ["unknown", "answer", "notimestamps", *parts]
+    return list(dict.fromkeys([*tags, *(f"<|{name}|>" for name in fixed)]))
+
+
+def _tag_template(example: Any) -> PromptTemplate:
+    """Qwen-Audio's order: start, audio language, task, text language, timestamps, output instruction."""
+    tags = _pools()[example.task].tags
+    heard = example.language or "unknown"
+    transcribes = tags["task"] == "transcribe"
+    written = example.text_language or (heard if transcribes else "en")
+    task = "<|question|>{question}<|answer|>" if tags["task"] == "question" else f"<|{tags['task']}|>"
+    prompt = f"<|{tags['start']}|><|{heard}|>{task}<|{written}|><|notimestamps|><|{tags['instruction']}|>"
+    return PromptTemplate(prompt)
+
+
+def _placeholders(text: str) -> frozenset[str]:
+    return frozenset(name for _, name, _, _ in Formatter().parse(text) if name)
+
+
+@cache
+def _languages() -> dict[str, str]:
+    return {str(code): name for code, name in _load("languages.yaml").items()}
+
+
+@cache
+def _pools() -> dict[str, Pool]:
+    pools: dict[str, Pool] = {}
+    for name in ("speech.yaml", "sound.yaml", "music.yaml"):
+        for task, entry in _load(name).items():
+            prompts = tuple(
+                PromptTemplate(**item) if isinstance(item, dict) else PromptTemplate(item) for item in entry["prompts"]
+            )
+            pools[task] = Pool(entry["about"], prompts, entry["tags"], tuple(entry.get("needs", ())))
+    return pools
+
+
+def _load(name: str) -> dict[str, Any]:
+    text = (files(__package__) / "pools" / name).read_text(encoding="utf-8")
+    return yaml.safe_load(text)

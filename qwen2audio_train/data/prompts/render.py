@@ -1,0 +1,172 @@
+"""From an example to what the model reads: text pieces and clips, with the border of the labels. No tokenizer here.
+
+Task form, in the base model's style (no ChatML):
+
+    <|audio_bos|> CLIP <|audio_eos|>Detect the language and recognize the speech: [<|en|>hello<|endoftext|>]
+
+Chat and preference form, in ChatML as the published template writes it (what is labelled stands in brackets):
+
+    <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
+    <|im_start|>user\nAudio 1: <|audio_bos|> CLIP <|audio_eos|>\nWhat is said?<|im_end|>\n
+    <|im_start|>assistant\n[Hello.<|im_end|>]\n
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import Literal
+
+from qwen2audio_train.data.examples import (
+    ChatExample,
+    Clip,
+    Example,
+    Message,
+    PreferenceExample,
+    TaskExample,
+    UnpairedExample,
+    task_of,
+)
+from qwen2audio_train.data.prompts.pools import PromptStyle, choose_prompt, prompt_fields
+from qwen2audio_train.layout import (
+    AUDIO_BOS_TOKEN,
+    AUDIO_EOS_TOKEN,
+    AUDIO_TOKEN,
+    END_OF_TEXT_TOKEN,
+    IM_END_TOKEN,
+    IM_START_TOKEN,
+)
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+"""Inserted by the published template where a conversation does not start with a system message."""
+
+GENERATION_PROMPT = f"{IM_START_TOKEN}assistant\n"
+
+LabelledTurns = Literal["all", "last"]
+
+
+class ExampleError(ValueError):
+    """An example that cannot become a sample: its id, what is wrong, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of a sample. In `is_markup` text special tokens count as such; in any other they are plain characters."""
+
+    text: str
+    is_label: bool = False
+    is_markup: bool = False
+
+
+Piece = Text | Clip
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A sample as pieces. `branches` are the answers of a preference example, chosen first or alone, all label."""
+
+    id: str
+    source: str
+    task: str
+    trunk: tuple[Piece, ...]
+    branches: tuple[tuple[Text, ...], ...] = ()
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        return tuple(piece for piece in self.trunk if isinstance(piece, Clip))
+
+
+def render(
+    example: Example,
+    *,
+    prompt_style: PromptStyle = "natural",
+    seed: int = 0,
+    labelled_turns: LabelledTurns = "all",
+    for_generation: bool = False,
+) -> Rendered:
+    """Lay out one example.
+
+    With `for_generation` only the prompt: the task form with the first prompt of its pool (and the answer's known
+    prefix), a chat without its last assistant message and with the generation prompt, a preference without answers.
+
+    Raises:
+        ExampleError: a chat to be learnt from has no assistant message.
+    """
+    if isinstance(example, TaskExample):
+        trunk = _task_pieces(example, prompt_style, seed, for_generation)
+        return Rendered(example.id, example.source, example.task, trunk)
+    if isinstance(example, PreferenceExample | UnpairedExample):
+        trunk = (*_chat_pieces(example.prompt, labelled=()), Text(GENERATION_PROMPT, is_markup=True))
+        answers = () if for_generation else _answers(example)
+        branches = tuple((Text(answer, True), Text(IM_END_TOKEN, True, True)) for answer in answers)
+        return Rendered(example.id, example.source, task_of(example), trunk, branches)
+    trunk = _chat_example_pieces(example, labelled_turns, for_generation)
+    return Rendered(example.id, example.source, task_of(example), trunk)
+
+
+def rendered_text(rendered: Rendered, branch: int | None = None) -> str:
+    """The sample as one string, one `<|AUDIO|>` per clip: what the published chat template gives."""
+    pieces = rendered.trunk if branch is None else rendered.trunk + rendered.branches[branch]
+    return "".join(piece.text if isinstance(piece, Text) else AUDIO_TOKEN for piece in pieces)
+
+
+def _answers(example: PreferenceExample | UnpairedExample) -> tuple[str, ...]:
+    return (example.chosen, *example.rejected) if isinstance(example, PreferenceExample) else (example.completion,)
+
+
+def _task_pieces(example: TaskExample, style: PromptStyle, seed: int, for_generation: bool) -> tuple[Piece, ...]:
+    template = choose_prompt(example, style, seed, fixed=for_generation)
+    fields = prompt_fields(example)
+    prompt = _filled(template.prompt, fields, is_label=False)
+    prefix = _filled(template.answer_prefix, fields, is_label=not for_generation)
+    clip = (Text(AUDIO_BOS_TOKEN, is_markup=True), example.clip, Text(AUDIO_EOS_TOKEN, is_markup=True))
+    answer = () if for_generation else (Text(example.target, True), Text(END_OF_TEXT_TOKEN, True, True))
+    return clip + prompt + prefix + answer
+
+
+def _filled(template: str, fields: dict[str, str], is_label: bool) -> tuple[Text, ...]:
+    """The template's pieces: its own words and language tags are markup, a question is the user's text."""
+    pieces: list[Text] = []
+    markup = ""
+    for literal, name, _, _ in Formatter().parse(template):
+        markup += literal
+        if name == "question":
+            pieces += [Text(markup, is_label, True), Text(fields[name], is_label)]
+            markup = ""
+        elif name:
+            markup += fields[name]
+    return tuple(piece for piece in (*pieces, Text(markup, is_label, True)) if piece.text)
+
+
+def _chat_example_pieces(example: ChatExample, turns: LabelledTurns, for_generation: bool) -> tuple[Piece, ...]:
+    messages = example.messages
+    if for_generation:
+        if messages[-1].role == "assistant":
+            messages = messages[:-1]
+        return (*_chat_pieces(messages, labelled=()), Text(GENERATION_PROMPT, is_markup=True))
+    answers = tuple(index for index, message in enumerate(messages) if message.role == "assistant")
+    if not answers:
+        raise ExampleError(
+            f'example "{example.id}": no assistant message to learn from; add one, or use it for evaluation'
+        )
+    return _chat_pieces(messages, labelled=answers if turns == "all" else answers[-1:])
+
+
+def _chat_pieces(messages: tuple[Message, ...], labelled: tuple[int, ...]) -> tuple[Piece, ...]:
+    """ChatML of the published template; the messages whose indices are in `labelled` are what is learnt."""
+    pieces: list[Piece] = []
+    num_clips = 0
+    if messages[0].role != "system":
+        pieces.append(Text(f"{IM_START_TOKEN}system\n{SYSTEM_PROMPT}{IM_END_TOKEN}\n", is_markup=True))
+    for index, message in enumerate(messages):
+        is_label = index in labelled
+        pieces.append(Text(f"{IM_START_TOKEN}{message.role}\n", is_markup=True))
+        for part in message.content:
+            if isinstance(part, Clip):
+                num_clips += 1
+                pieces += [Text(f"Audio {num_clips}: {AUDIO_BOS_TOKEN}", is_markup=True), part]
+                pieces.append(Text(f"{AUDIO_EOS_TOKEN}\n", is_markup=True))
+            else:
+                pieces.append(Text(part, is_label))
+        pieces += [Text(IM_END_TOKEN, is_label, True), Text("\n", is_markup=True)]
+    return tuple(pieces)

@@ -1,0 +1,94 @@
+"""Tokenizers of Qwen2-Audio's kind: one fitted on the text of a tiny model, and the processor folder for export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
+
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.layout import (
+    AUDIO_BOS_TOKEN,
+    AUDIO_EOS_TOKEN,
+    AUDIO_TOKEN,
+    END_OF_TEXT_TOKEN,
+    IM_END_TOKEN,
+    NUM_MEL_BINS,
+    SPECIAL_TOKENS,
+)
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's pre-tokenizer."""
+
+MODEL_MAX_LENGTH = 8192
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, extra_special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in Qwen2's manner, fitted on `texts` alone; the same texts give the same tokenizer.
+
+    Args:
+        vocab_size: bound of the vocabulary, special tokens included; at least 256 bytes and the special tokens.
+        extra_special_tokens: such as the language tags of the prompts (`prompts.tag_tokens`).
+    """
+    special = list(dict.fromkeys([*SPECIAL_TOKENS, *extra_special_tokens]))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(special):
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is too small: {len(alphabet)} bytes and {len(special)} special tokens "
+            f"need {len(alphabet) + len(special)}"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special), initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return as_qwen2_audio(PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False))
+
+
+def as_qwen2_audio(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Give a Qwen2 tokenizer what Qwen2-Audio's has: its special tokens (added where missing), ends, and attributes."""
+    known = tokenizer.get_vocab()
+    missing = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS if token not in known]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token=IM_END_TOKEN,
+        pad_token=END_OF_TEXT_TOKEN,
+        padding_side="left",
+        model_max_length=MODEL_MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={
+            "audio_token": AUDIO_TOKEN,
+            "audio_bos_token": AUDIO_BOS_TOKEN,
+            "audio_eos_token": AUDIO_EOS_TOKEN,
+        },
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerBase, num_mel_bins: int = NUM_MEL_BINS) -> Qwen2AudioProcessor:
+    """The stock processor around a tokenizer, with the published chat template."""
+    extractor = WhisperFeatureExtractor(feature_size=num_mel_bins, return_attention_mask=True)
+    processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+    tokenizer.chat_template = processor.chat_template
+    return processor
+
+
+def save_processor(tokenizer: PreTrainedTokenizerBase, folder: str | Path, num_mel_bins: int = NUM_MEL_BINS) -> None:
+    """Write what `Qwen2AudioProcessor.from_pretrained(folder)` reads."""
+    build_processor(tokenizer, num_mel_bins).save_pretrained(str(folder))

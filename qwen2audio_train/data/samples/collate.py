@@ -1,0 +1,244 @@
+"""Samples end to end in one row: the packed batch that the model's forward takes.
+
+Shapes: N tokens, M targets, S segments, K keys, A encoder windows, F mel columns, n audio tokens; B pairs of T tokens.
+
+Two samples, an audio one [a a | b c] and a text one [d e], where c and e are learnt, give
+
+    input_ids     [[a, a, b, c, d, e]]       position_ids [[0, 1, 2, 3, 0, 1]]
+    predict_from  [2, 4]    target [c, e]    weight [1., 1.]    source_id [0, 1]
+    cu_q = cu_k   [0, 4, 6]                  audio_slot [0, 1]
+
+A tree (prompt p q, chosen x y, rejected z) has its prompt once; every answer is a segment whose queries are the
+answer's tokens and whose keys are the prompt's and its own, listed in key_index:
+
+    packed_ids    [[p, q, x, y, z]]          packed_positions [[0, 1, 2, 3, 2]]
+    cu_q [0, 2, 4, 5]    cu_k [0, 2, 6, 9]   key_index [0, 1,  0, 1, 2, 3,  0, 1, 4]
+    input_ids     [[q, x, y], [q, z, 0]]     scatter [[1, 2, 3], [1, 4, -1]]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+
+from qwen2audio_train.data.examples import DESIRABLE, PAIRED, UNDESIRABLE
+from qwen2audio_train.data.samples.sample import Sample
+from qwen2audio_train.layout import NUM_MEL_BINS
+
+LossWeighting = Literal["token", "sample", "task"]
+Batch = dict[str, torch.Tensor]
+
+
+def pack(samples: Sequence[Sample], loss_weighting: LossWeighting = "token", num_mel_bins: int = NUM_MEL_BINS) -> Batch:
+    """The packed batch of some samples; of none it is a filler of one token without targets.
+
+    `weight` of a target is `sample.weight` under "token", so that every label counts the same, and
+    `sample.weight / number of the sample's targets` under "sample", so that every sample does. "task" is "sample" with
+    `sample.weight` taken from `task_weights`, so that every task has the same total weight in expectation.
+    """
+    rows = _Rows()
+    for sample in samples:
+        rows.add(sample)
+    targets = [_targets(sample, place, loss_weighting) for sample, place in zip(samples, rows.places, strict=True)]
+    predict_from, target, weight, source_id = (np.concatenate([[], *column]) for column in _columns(targets, 4))
+    return {
+        "input_ids": rows.input_ids(),
+        "position_ids": rows.position_ids(),
+        "predict_from": _int64(predict_from),
+        "target": _int64(target),
+        "weight": torch.from_numpy(weight.astype(np.float32)),
+        "source_id": _int64(source_id),
+        **rows.segments(),
+        **_audio(samples, rows.starts, num_mel_bins),
+    }
+
+
+def task_weights(shares: Mapping[str, float]) -> dict[str, float]:
+    """Weights per sample that give every task the same expected share of the loss under "task".
+
+    Args:
+        shares: probability that a drawn sample belongs to the task. The expected weight of a sample stays 1.
+    """
+    total = sum(shares.values())
+    return {task: total / (len(shares) * share) for task, share in shares.items() if share > 0}
+
+
+def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS) -> Batch:
+    """The packed batch of preference samples, one tree each, and the rows that TRL's loss reads.
+
+    A pair's row holds the last token of the prompt (`completion_mask` 0), from which the answer's first token is
+    predicted, and the answer. Chosen rows come first; a sample with several rejected answers gives as many pairs, which
+    share the chosen branch. `scatter` (2B, T) says where in N a row's token stands, -1 for padding.
+    No samples at all give a filler: one dummy pair with `pair_weight` 0. `pair_key` (B, 2) int64 names
+    a pair by a hash of its id, prompt and answers, for stored reference log-probabilities.
+
+    With an unpaired sample among them all R answers are rows by themselves: `label` (R,) bool, the desirable ones
+    first, and `pair_weight` (R,).
+    """
+    real = bool(samples)
+    samples = samples or [_FILLER_PAIR]
+    rows = _Rows()
+    for sample in samples:
+        if len(sample.branches) < 2 and sample.task not in (DESIRABLE, UNDESIRABLE):
+            raise ValueError(f'sample "{sample.id}" has {len(sample.branches)} answers: a preference needs two or more')
+        rows.add(sample)
+    chosen, rejected, keys = [], [], []
+    for sample, place in zip(samples, rows.places, strict=True):
+        answers = [np.concatenate([place.trunk[-1:], branch]) for branch in place.branches]
+        if sample.task == UNDESIRABLE:
+            rejected += answers
+        elif sample.task == DESIRABLE:
+            chosen += answers
+        else:
+            first, *others = answers
+            chosen += [first] * len(others)
+            rejected += others
+            keys += [_pair_key(sample, branch) for branch in sample.branches[1:]]
+    paired = len(keys) == len(chosen) == len(rejected)
+    scatter = _padded([*chosen, *rejected])
+    ids = rows.input_ids()
+    attended = scatter >= 0
+    completion = attended.clone()
+    completion[:, 0] = False
+    labels = torch.arange(len(scatter)) < len(chosen)
+    return {
+        "packed_ids": ids,
+        "packed_positions": rows.position_ids(),
+        "scatter": scatter,
+        "input_ids": torch.where(attended, ids[0, scatter.clamp(min=0)], 0),
+        "attention_mask": attended.long(),
+        "completion_mask": completion.long(),
+        "pair_weight": torch.full((len(keys) if paired else len(scatter),), float(real)),
+        **({"pair_key": torch.from_numpy(np.stack(keys))} if paired else {"label": labels}),
+        **rows.segments(),
+        **_audio(samples, rows.starts, num_mel_bins),
+    }
+
+
+class _Place:
+    """Where a sample's tokens stand in the row: positions of its trunk and of every branch."""
+
+    def __init__(self, start: int, sample: Sample):
+        borders = np.cumsum([start, len(sample.input_ids), *(len(branch) for branch in sample.branches)])
+        self.trunk, *self.branches = (np.arange(a, b) for a, b in pairwise(borders))
+        self.end = int(borders[-1])
+
+
+class _Rows:
+    """The row under construction."""
+
+    def __init__(self) -> None:
+        self.places: list[_Place] = []
+        self._ids: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._queries: list[int] = []
+        self._keys: list[np.ndarray] = []
+        self._has_tree = False
+
+    @property
+    def starts(self) -> list[int]:
+        return [int(place.trunk[0]) for place in self.places]
+
+    def add(self, sample: Sample) -> None:
+        place = _Place(self.places[-1].end if self.places else 0, sample)
+        self.places.append(place)
+        self._add_segment(sample.input_ids, np.arange(len(sample.input_ids)), place.trunk)
+        for branch, where in zip(sample.branches, place.branches, strict=True):
+            self._has_tree = True
+            positions = len(sample.input_ids) + np.arange(len(branch))
+            self._add_segment(branch, positions, np.concatenate([place.trunk, where]))
+
+    def _add_segment(self, ids: np.ndarray, positions: np.ndarray, keys: np.ndarray) -> None:
+        self._ids.append(ids)
+        self._positions.append(positions)
+        self._queries.append(len(ids))
+        self._keys.append(keys)
+
+    def input_ids(self) -> torch.Tensor:
+        return _int64(np.concatenate(self._ids or [np.zeros(1)]))[None]
+
+    def position_ids(self) -> torch.Tensor:
+        return _int64(np.concatenate(self._positions or [np.zeros(1)]))[None]
+
+    def segments(self) -> Batch:
+        segments = {
+            "cu_q": _borders(self._queries or [1]),
+            "cu_k": _borders([len(keys) for keys in self._keys] or [1]),
+        }
+        if self._has_tree:
+            segments["key_index"] = _int64(np.concatenate(self._keys))
+        return segments
+
+
+def _targets(sample: Sample, place: _Place, weighting: LossWeighting) -> tuple[np.ndarray, ...]:
+    """predict_from, target, weight, source_id of one sample."""
+    labelled = np.flatnonzero(sample.label_mask)
+    predict_from = [place.trunk[labelled] - 1]
+    target = [sample.input_ids[labelled]]
+    for branch, where in zip(sample.branches, place.branches, strict=True):
+        predict_from.append(np.concatenate([place.trunk[-1:], where[:-1]]))
+        target.append(branch)
+    count = sum(len(part) for part in target)
+    weight = sample.weight if weighting == "token" else sample.weight / max(count, 1)
+    return (
+        np.concatenate(predict_from),
+        np.concatenate(target),
+        np.full(count, weight),
+        np.full(count, sample.source_id),
+    )
+
+
+def _audio(samples: Sequence[Sample], starts: Sequence[int], num_mel_bins: int) -> Batch:
+    mels = [mel for sample in samples for mel in sample.mels]
+    frames = [frames for sample in samples for frames in sample.clip_frames]
+    slots = [sample.audio_slot + start for sample, start in zip(samples, starts, strict=True)]
+    mel = np.concatenate(mels, axis=1) if mels else np.zeros((num_mel_bins, 0), dtype=np.float32)
+    return {
+        "mel": torch.from_numpy(mel),
+        "clip_frames": torch.tensor(frames, dtype=torch.int64),
+        "audio_slot": _int64(np.concatenate([[], *slots])),
+    }
+
+
+def _columns(rows: Sequence[tuple[np.ndarray, ...]], width: int) -> list[list[np.ndarray]]:
+    return [[row[index] for row in rows] for index in range(width)]
+
+
+def _borders(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def _pair_key(sample: Sample, rejected: np.ndarray) -> np.ndarray:
+    """128 bits over what a pair's log-probabilities depend on: id, prompt, lengths of the clips and both answers."""
+    clips = np.array(sample.clip_frames, dtype=np.int64)
+    digest = hashlib.blake2b(sample.id.encode(), digest_size=16)
+    for ids in (sample.input_ids, clips, sample.branches[0], rejected):
+        digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
+    return np.frombuffer(digest.digest(), "<i8").astype(np.int64)
+
+
+def _padded(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    padded = np.full((len(rows), max(len(row) for row in rows)), -1)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return _int64(padded)
+
+
+def _int64(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array).astype(np.int64))
+
+
+_FILLER_PAIR = Sample(
+    id="filler",
+    source="",
+    task=PAIRED,
+    input_ids=np.zeros(1, dtype=np.int64),
+    label_mask=np.zeros(1, dtype=bool),
+    audio_slot=np.zeros(0, dtype=np.int64),
+    branches=(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)),
+)

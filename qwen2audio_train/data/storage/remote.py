@@ -1,0 +1,194 @@
+"""Remote files: read with retries, and whole shards kept in a local cache of bounded size.
+
+http(s) goes through the standard library, where a stalled server is noticed (no byte for `timeout_s`) and a broken
+transfer goes on where it stopped; every other protocol (hf, s3, gs...) goes through fsspec and its plug-in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from qwen2audio_train.data.storage.blobs import BlobError, container, is_inside, read_inside
+from qwen2audio_train.data.storage.files import locked
+
+CHUNK = 2**20
+FINAL_STATUS = range(400, 500)
+"""Answers that asking again does not change, save for those in `TRANSIENT_STATUS`."""
+TRANSIENT_STATUS = (408, 425, 429)
+EVICTIONS = 5
+"""Times that a shard is fetched again because other processes have made room where it lay."""
+
+_FAILED: dict[str, tuple[float, str]] = {}
+"""When a shard could last not be had, and why; by its place in the cache."""
+
+
+class RemoteError(BlobError):
+    """A remote file that could not be had, after all retries."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How remote files are read; pickles, and is the same object to all workers of a machine through its folder.
+
+    Args:
+        cache_dir: folder of the shards.
+        max_gib: bound of the cache; the shards that were used longest ago go first. A shard in use is never missed: it
+            is fetched again.
+        retries, backoff_s: after a failure wait backoff_s, then twice as long, and so on.
+    """
+
+    cache_dir: str = "data_cache"
+    max_gib: float = 64.0
+    retries: int = 5
+    timeout_s: float = 30.0
+    backoff_s: float = 0.5
+
+    def read_clip(self, path: str, max_bytes: int) -> bytes | None:
+        """The bytes of a clip's file, None if it is a plain local file. Raises BlobError."""
+        if not is_inside(path):
+            return self.read(path, max_bytes) if "://" in path else None
+        outer = container(path)
+        if "://" not in outer:
+            return read_inside(path, max_bytes)
+        for _ in range(EVICTIONS):
+            try:
+                return read_inside(path, max_bytes, local=self.shard(outer))
+            except BlobError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+        raise RemoteError(f"was evicted {EVICTIONS} times before it could be read; raise data.cache_max_gib")
+
+    def read(self, url: str, max_bytes: int) -> bytes:
+        """A whole file into memory. Raises RemoteError."""
+        data = bytearray()
+
+        def receive(chunk: bytes) -> None:
+            data.extend(chunk)
+            if len(data) > max_bytes:
+                raise RemoteError(f"is larger than the limit of {max_bytes} bytes")
+
+        self._retried(lambda: self._transfer(url, len(data), receive))
+        return bytes(data)
+
+    def shard(self, url: str) -> str:
+        """Path of the local copy of a file, fetched if it is not there.
+
+        Raises:
+            RemoteError: it cannot be had; for the next `timeout_s` without asking again.
+        """
+        place = self._place(url)
+        failed_at, reason = _FAILED.get(str(place), (-math.inf, ""))
+        if time.monotonic() - failed_at < self.timeout_s:  # each of its examples would wait for all the retries
+            raise RemoteError(reason)
+        if not self._touch(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with locked(place.with_name(f"{place.name}.lock")):
+                if not self._touch(place):
+                    try:
+                        self._fetch(url, place)
+                    except RemoteError as error:
+                        _FAILED[str(place)] = (time.monotonic(), f"{url}: {error}")
+                        raise RemoteError(f"{url}: {error}") from error
+        return str(place)
+
+    def prefetch(self, url: str) -> Future[str]:
+        """Fetch a shard in the background."""
+        return _pool().submit(self.shard, url)
+
+    def _place(self, url: str) -> Path:
+        name = hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+        return Path(self.cache_dir) / "shards" / f"{name}-{Path(url.split('?')[0]).name[-80:]}"
+
+    def _touch(self, place: Path) -> bool:
+        try:
+            os.utime(place)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _fetch(self, url: str, place: Path) -> None:
+        part = place.with_name(f"{place.name}.part")
+        with part.open("wb") as file:
+            self._retried(lambda: self._transfer(url, file.tell(), file.write))
+        self._make_room(part.stat().st_size, place.parent)
+        os.replace(part, place)
+
+    def _make_room(self, size: int, folder: Path) -> None:
+        files = []
+        for path in folder.iterdir():
+            if path.suffix not in (".lock", ".part"):
+                with suppress(FileNotFoundError):  # another process makes room as well
+                    files.append((path, path.stat()))
+        excess = size + sum(status.st_size for _, status in files) - self.max_gib * 2**30
+        for path, status in sorted(files, key=lambda file: file[1].st_mtime):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= status.st_size
+
+    def _retried(self, attempt: Callable[[], None]) -> None:
+        for number in range(self.retries + 1):
+            try:
+                attempt()
+                return
+            except (OSError, http.client.HTTPException) as error:
+                if _is_final(error):
+                    raise RemoteError(f"cannot be fetched ({error})") from error
+                if number == self.retries:
+                    tries = f"{number + 1} tries"
+                    raise RemoteError(f"cannot be fetched after {tries} ({error or repr(error)})") from error
+                time.sleep(self.backoff_s * 2**number)
+
+    def _transfer(self, url: str, start: int, receive: Callable[[bytes], object]) -> None:
+        """Hand over the bytes from `start` on."""
+        with self._opened(url, start) as (file, end):
+            while chunk := file.read(CHUNK):
+                receive(chunk)
+                start += len(chunk)
+        if end is not None and start < end:
+            raise ConnectionError(f"the connection ended after {start} of {end} bytes")
+
+    @contextmanager
+    def _opened(self, url: str, start: int) -> Iterator[tuple[IO[bytes], int | None]]:
+        """The file from byte `start` on, and its length where it is known."""
+        if not url.startswith(("http://", "https://")):
+            import fsspec  # slow to import, and most data is local
+
+            try:
+                opened = fsspec.open(url, "rb")
+            except (ValueError, ImportError) as error:
+                raise RemoteError(f"cannot be fetched ({error})") from error
+            with opened as remote:
+                remote.seek(start)
+                yield remote, None
+            return
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            length = response.headers.get("Content-Length")
+            resumed = start if response.status == http.client.PARTIAL_CONTENT else 0
+            response.read(start - resumed)  # a server that does not resume sends what is already here once more
+            yield response, None if length is None else resumed + int(length)
+
+
+def _is_final(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in FINAL_STATUS and error.code not in TRANSIENT_STATUS
+    return isinstance(error, FileNotFoundError)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="prefetch")

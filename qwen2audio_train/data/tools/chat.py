@@ -1,0 +1,72 @@
+"""Task-form examples as conversations in analysis mode: the clip with a written question, and the target as answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen2audio_train.data.examples import ChatExample, Example, Message, TaskExample
+from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
+from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
+from qwen2audio_train.data.prompts.render import ExampleError
+from qwen2audio_train.data.storage.files import write_whole
+
+
+@dataclass
+class ChatOptions:
+    """The keys of `launch/data.py chat`.
+
+    Attributes:
+        manifests: manifests in task form, whose ids differ.
+        output: the manifest in chat form to write; audio paths in it are relative to its folder.
+        seed: of the choice among the prompts of a task.
+    """
+
+    manifests: list[str] = field(default_factory=list)
+    output: str = "???"
+    seed: int = 0
+
+
+def write_chats(options: ChatOptions) -> int:
+    """Write the conversations of some manifests; their number.
+
+    Raises:
+        ManifestError: a bad line.
+        ExampleError: an example in another form, or an id that two examples have.
+    """
+    target = Path(options.output)
+    examples = (example for path in options.manifests for example in read_manifest(path))
+    lines = [
+        json.dumps(to_record(chat, target.parent), ensure_ascii=False) + "\n"
+        for chat in chats_of(examples, options.seed)
+    ]
+    write_whole(target, lines)
+    return len(lines)
+
+
+def chats_of(examples: Iterable[Example], seed: int = 0) -> Iterator[ChatExample]:
+    """One conversation per example, with its id and source; task and languages are kept in `meta` for evaluation."""
+    seen: set[str] = set()
+    for example in examples:
+        if not isinstance(example, TaskExample):
+            raise ExampleError(f'example "{example.id}" is not in task form: only a task has a question to write')
+        if example.id in seen:
+            raise ExampleError(f'example "{example.id}" is there twice: give each its own id, or write two outputs')
+        seen.add(example.id)
+        question, answer = (example.clip, written_question(example, seed)), (example.target,)
+        known = {name: getattr(example, name) for name in ("task", "language", "text_language")}
+        yield ChatExample(
+            id=example.id,
+            messages=(Message("user", question), Message("assistant", answer)),
+            source=example.source,
+            mode="analysis",
+            meta={**example.meta, **{name: value for name, value in known.items() if value is not None}},
+        )
+
+
+def written_question(example: TaskExample, seed: int) -> str:
+    """A prompt of the task's pool as a user writes it, chosen by the seed and the example's id."""
+    template = choose_prompt(example, "natural", seed)
+    return template.prompt.format(**prompt_fields(example)).rstrip()

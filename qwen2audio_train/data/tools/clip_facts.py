@@ -1,0 +1,109 @@
+"""What decoding tells about clips, for many of them, noted on the way so that a run that is broken off goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, load_audio
+from qwen2audio_train.data.examples import Clip, Example
+from qwen2audio_train.data.storage.blobs import container
+from qwen2audio_train.data.storage.files import text_hash
+from qwen2audio_train.data.storage.parallel import in_order
+from qwen2audio_train.layout import SAMPLING_RATE
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What decoding tells about a clip; `content` is a hash of its samples at 16 bits, the same for lossless copies."""
+
+    duration_s: float
+    peak_dbfs: float
+    clipped_share: float
+    content: str
+
+
+class Placed(NamedTuple):
+    """A clip, the example that it belongs to, and the line where that stands."""
+
+    line: int
+    example: Example
+    clip: Clip
+
+
+def examine(clip: Clip) -> ClipFacts | AudioError:
+    """Decode a clip and measure it; an error is returned, not raised."""
+    try:
+        waveform = load_audio(clip, limits=AudioLimits(max_duration_s=float("inf")))
+    except AudioError as error:
+        return error
+    level = np.abs(waveform)
+    content = hashlib.blake2b(np.round(waveform * 32_767).astype("<i4").tobytes(), digest_size=16).hexdigest()
+    return ClipFacts(
+        duration_s=len(waveform) / SAMPLING_RATE,
+        peak_dbfs=float(20 * np.log10(max(level.max(), 1e-10))),
+        clipped_share=float((level >= 0.999).mean()),
+        content=content,
+    )
+
+
+def examine_all(
+    clips: Iterable[Placed], notes: Path, num_workers: int
+) -> Iterator[tuple[Placed, ClipFacts | AudioError]]:
+    """The clips in order with their facts, worked out in threads (decoding and hashing let go of the interpreter).
+
+    Args:
+        notes: file that the facts are noted in; those of a run that was broken off are taken from there, as long as
+            neither the order of the clips nor their files have changed since.
+    """
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    rest = iter(clips)
+    with notes.open("a+b") as file:
+        file.seek(0)
+        for placed in rest:
+            place = file.tell()
+            found = _noted(file.readline(), placed.clip)
+            if found is None:
+                file.truncate(place)
+                rest = chain([placed], rest)
+                break
+            yield placed, found
+        workers = max(1, num_workers)
+        with ThreadPoolExecutor(workers) as pool:
+            for placed, facts in in_order(pool, lambda item: examine(item.clip), rest, ahead=4 * workers):
+                file.write(_note(placed.clip, facts))
+                yield placed, facts
+
+
+def _note(clip: Clip, facts: ClipFacts | AudioError) -> bytes:
+    told = asdict(facts) if isinstance(facts, ClipFacts) else [facts.path, facts.reason]
+    return json.dumps([_key(clip), told]).encode() + b"\n"
+
+
+def _noted(line: bytes, clip: Clip) -> ClipFacts | AudioError | None:
+    """The facts that a line notes, None if it is cut off or about another clip."""
+    if not line.endswith(b"\n"):
+        return None
+    key, told = json.loads(line)
+    if key != _key(clip):
+        return None
+    return ClipFacts(**told) if isinstance(told, dict) else AudioError(*told)
+
+
+def _key(clip: Clip) -> str:
+    """Names a clip and the state of its file."""
+    try:
+        status = os.stat(container(clip.path))
+        state = f"{status.st_size}/{status.st_mtime_ns}"
+    except OSError:
+        state = ""
+    return text_hash(*map(str, astuple(clip)), state)

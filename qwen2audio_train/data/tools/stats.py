@@ -1,0 +1,183 @@
+"""How much there is of what: examples, hours and tokens of corpora, and a histogram of their clips' lengths."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from qwen2audio_train.config.data import DataConfig, LabelledTurns, LongAudio, PromptStyle, SourceConfig
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.audio.decode import probe
+from qwen2audio_train.data.examples import Example, clips_of, task_of
+from qwen2audio_train.data.manifests.cache import find_manifests
+from qwen2audio_train.data.order.index import Index, Measure, Measured, open_index
+from qwen2audio_train.data.samples.maker import maker_of, remote_of
+from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.layout import NUM_MEL_BINS, num_clip_tokens, num_samples_of
+
+BINS_S = (0, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, float("inf"))
+
+
+@dataclass
+class IndexOptions:
+    """The keys of `launch/data.py index` and `launch/data.py stats`.
+
+    Attributes:
+        manifests: each one a source, called as its file is (by its whole path where two files have the same name).
+        sources: the same in full, as in a recipe's `data.sources`, for every other form.
+        tokenizer: folder or hub id, the one that training uses. `index` needs it; `stats` leaves the text out without.
+        prompt_style, prompt_seed, labelled_turns, long_audio: those of the recipe; an index is bound to them.
+        num_workers: processes.
+        cache_dir: that of the recipe.
+        image: PNG file for the histogram of `stats` (needs matplotlib).
+    """
+
+    manifests: list[str] = field(default_factory=list)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    tokenizer: str | None = None
+    prompt_style: PromptStyle = PromptStyle.natural
+    prompt_seed: int = 0
+    labelled_turns: LabelledTurns = LabelledTurns.all
+    long_audio: LongAudio = LongAudio.split
+    num_workers: int = os.cpu_count() or 1
+    cache_dir: str = "data_cache"
+    image: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """Figures of one source; `histogram` counts the examples whose audio lasts BINS_S[i] .. BINS_S[i + 1] seconds."""
+
+    examples: int
+    bad_lines: int
+    hours: float
+    percentiles_s: tuple[float, float, float, float]
+    """5, 50, 95 and 100 % of the examples' audio lengths."""
+    audio_tokens: int
+    text_tokens: int
+    tasks: Mapping[str, int]
+    histogram: tuple[int, ...]
+
+
+def index_sources(options: IndexOptions) -> dict[str, Index]:
+    """The indexes of the sources, built where the cache lacks them.
+
+    Raises:
+        ConfigError: no sources.
+        FileNotFoundError: a source's files do not exist.
+    """
+    stems = Counter(Path(path).stem for path in options.manifests)
+    named = {
+        path if stems[Path(path).stem] > 1 else Path(path).stem: SourceConfig([path]) for path in options.manifests
+    }
+    named |= options.sources
+    if not named:
+        raise ConfigError("manifests: no value was given; set manifests=[train.jsonl] or sources.<name>.path=[...]")
+    data = DataConfig(
+        sources=named,
+        prompt_style=options.prompt_style,
+        prompt_seed=options.prompt_seed,
+        labelled_turns=options.labelled_turns,
+        long_audio=options.long_audio,
+        cache_dir=options.cache_dir,
+    )
+    measure: Measure = partial(measure_audio, remote=remote_of(data))
+    key = "audio"
+    if options.tokenizer is not None:
+        maker = maker_of(data, AutoTokenizer.from_pretrained(options.tokenizer), NUM_MEL_BINS)
+        measure, key = maker.measure, maker.measure_key
+    indexes = {}
+    for name, source in named.items():
+        manifests = find_manifests(name, source, remote_of(data), options.num_workers, key="sources")
+        indexes[name] = open_index(manifests, measure, key, options.cache_dir, options.num_workers)
+    return indexes
+
+
+def measure_audio(example: Example, remote: Remote) -> Measured:
+    """What can be said of an example without a tokenizer: its audio. Raises AudioError."""
+    seconds, tokens = 0.0, 0
+    for clip in clips_of(example):
+        length = clip.duration_s
+        if length is None:
+            length = probe(clip.path, remote.read_clip(clip.path, 2**30)).duration_s - clip.start_s
+        seconds += length
+        tokens += num_clip_tokens(num_samples_of(length))
+    return Measured(seconds, tokens, 0, task_of(example))
+
+
+def stats_of(index: Index) -> SourceStats:
+    """Figures of an indexed source."""
+    seconds = np.asarray(index.records["duration_s"], dtype=np.float64)
+    spread = np.percentile(seconds, [5, 50, 95, 100]) if len(seconds) else np.zeros(4)
+    return SourceStats(
+        examples=len(index),
+        bad_lines=len(index.bad()),
+        hours=float(seconds.sum()) / 3600,
+        percentiles_s=(float(spread[0]), float(spread[1]), float(spread[2]), float(spread[3])),
+        audio_tokens=int(index.records["audio_tokens"].sum(dtype=np.int64)),
+        text_tokens=int(index.records["text_tokens"].sum(dtype=np.int64)),
+        tasks=index.task_counts,
+        histogram=tuple(int(count) for count in np.histogram(seconds, BINS_S)[0]),
+    )
+
+
+def stats_table(stats: Mapping[str, SourceStats]) -> str:
+    """The figures of all sources as text."""
+    head = ["source", "examples", "hours", "seconds 5 / 50 / 95 / 100 %", "audio tokens", "text tokens", "bad", "tasks"]
+    rows = [head]
+    for name, one in stats.items():
+        tasks = ", ".join(f"{task} {count}" for task, count in sorted(one.tasks.items(), key=lambda item: -item[1]))
+        spread = " / ".join(f"{value:.1f}" for value in one.percentiles_s)
+        counts = [f"{one.audio_tokens:,}", f"{one.text_tokens:,}", str(one.bad_lines)]
+        rows.append([name, f"{one.examples:,}", f"{one.hours:.2f}", spread, *counts, tasks])
+    return _aligned(rows)
+
+
+def histogram_table(stats: Mapping[str, SourceStats]) -> str:
+    """How many examples of each source are how long, as text: a row for every stretch of seconds that has any."""
+    rows = [["seconds", *stats]]
+    for place, (low, high) in enumerate(pairwise(BINS_S)):
+        counts = [one.histogram[place] for one in stats.values()]
+        if any(counts):
+            rows.append([f"{low:g} to {high:g}", *(f"{count:,}" for count in counts)])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def draw_histogram(indexes: Mapping[str, Index], path: str) -> None:
+    """A picture of how the hours spread over the examples' lengths. Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError('image: needs matplotlib; pip install "qwen2audio-train[demo]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    longest = max((float(np.max(index.records["duration_s"], initial=0)) for index in indexes.values()), default=0)
+    edges = np.linspace(0, max(longest, 1.0), 61).tolist()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, index in indexes.items():
+        seconds = np.asarray(index.records["duration_s"], dtype=np.float64)
+        axes.hist(seconds, edges, weights=seconds / 3600, histtype="step", label=name)
+    axes.set(xlabel="length of an example's audio in s", ylabel="hours")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def index_sizes(indexes: Mapping[str, Index]) -> Sequence[str]:
+    """A line for every index: what it holds and where it lies."""
+    return [f"{name}: {len(i):,} examples, {len(i.bad())} bad lines, {i.folder}" for name, i in indexes.items()]

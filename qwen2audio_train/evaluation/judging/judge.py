@@ -1,0 +1,156 @@
+"""Judged answers, AIR-Bench style: two answers beside each other, scored 1 to 10, in both orders.
+
+The judge reads a description of the audio in words, the question, and two answers: the reference's and the model's. It
+is asked twice, with the answers swapped, and an item's score is the mean of the two. What was refused, could not be
+parsed or was not asked is counted by name; it is neither dropped nor scored in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from qwen2audio_train.evaluation.judging.client import Client, CostCapError, JudgeError
+from qwen2audio_train.evaluation.scoring.bootstrap import Score, mean_score
+
+Outcome = Literal["scored", "refused", "unparsed", "failed", "not_asked"]
+
+TEMPLATE = """You compare two answers to a question about a recording. You cannot hear it; this describes it in full:
+[Audio]
+{description}
+[Question]
+{question}
+[Answer 1]
+{first}
+[Answer 2]
+{second}
+[Task]
+Rate how helpful, relevant, accurate and complete each answer is, from 1 to 10; higher is better. Reply with one line
+that holds the score of answer 1 and the score of answer 2, separated by a space, and nothing else."""
+"""Asks for what AIR-Bench's own prompt asks for. Scores depend on the wording and on the judge: to compare with
+published figures, pass that prompt and use that judge."""
+
+_TWO_SCORES = re.compile(r"^\W*(\d+(?:\.\d+)?)\s*[\s,;/|]\s*(\d+(?:\.\d+)?)\W*$", re.MULTILINE)
+_REFUSING = re.compile(r"\b(sorry|cannot|can't|can not|unable|won't)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One item to be judged."""
+
+    id: str
+    description: str
+    question: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one item; the scores are means over both orders, and `lead` is what standing first is worth."""
+
+    id: str
+    outcome: Outcome
+    answer_score: float | None = None
+    reference_score: float | None = None
+    lead: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Scores of the items that were scored, and how many were not, by reason.
+
+    `answer.extra` and `outcomes` always say how many of how many; `lead` is the mean gain of the answer named first.
+    """
+
+    answer: Score
+    reference: Score
+    lead: float
+    outcomes: dict[Outcome, int]
+    verdicts: tuple[Verdict, ...]
+    cost: float
+
+
+def read_items(folder: str | Path) -> list[Judged]:
+    """Items of an evaluation's texts.jsonl: examples with a reference and a `description` of their audio in `meta`.
+
+    Raises:
+        ValueError: no example has a description.
+    """
+    path = Path(folder) / "texts.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    items = [
+        Judged(r["id"], r["meta"]["description"], r["question"] or "", r["reference"], r["text"])
+        for r in records
+        if r["reference"] and r["meta"].get("description")
+    ]
+    if not items:
+        raise ValueError(f"{path}: no example has a reference and a `description` in its meta; a judge needs both")
+    return items
+
+
+def judge_answers(
+    client: Client, items: Sequence[Judged], *, template: str = TEMPLATE, workers: int = 8, seed: int = 0
+) -> Judgement:
+    """Have every item scored in both orders. Run again, only what is not in the cache is asked.
+
+    Args:
+        template: with {description}, {question}, {first} and {second}.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        judged = pool.map(lambda item: _verdict(client, item, template), items)
+        verdicts = tuple(tqdm(judged, total=len(items), desc="judge", disable=None))
+    scored = [verdict for verdict in verdicts if verdict.outcome == "scored"]
+    outcomes = dict(Counter(verdict.outcome for verdict in verdicts))
+    answer = mean_score("judge", [v.answer_score or 0.0 for v in scored], seed=seed)
+    answer.extra.update(asked_for=float(len(items)), left_out=float(len(items) - len(scored)))
+    return Judgement(
+        answer=answer,
+        reference=mean_score("judge", [v.reference_score or 0.0 for v in scored], seed=seed),
+        lead=sum(v.lead or 0.0 for v in scored) / len(scored) if scored else float("nan"),
+        outcomes=outcomes,
+        verdicts=verdicts,
+        cost=client.spent,
+    )
+
+
+def parse_scores(text: str) -> tuple[float, float] | None:
+    """The two scores of a reply, or None where there is no line of exactly two numbers from 1 to 10."""
+    found = [(float(first), float(second)) for first, second in _TWO_SCORES.findall(text.strip())]
+    if len(found) != 1 or not all(1 <= score <= 10 for score in found[0]):
+        return None
+    return found[0]
+
+
+def _verdict(client: Client, item: Judged, template: str) -> Verdict:
+    pairs = []
+    for first, second in ((item.reference, item.answer), (item.answer, item.reference)):
+        prompt = template.format(description=item.description, question=item.question, first=first, second=second)
+        try:
+            reply = client.complete([{"role": "user", "content": prompt}])
+        except CostCapError as error:
+            return Verdict(item.id, "not_asked", detail=str(error))
+        except JudgeError as error:
+            return Verdict(item.id, "failed", detail=str(error))
+        scores = None if reply.refusal else parse_scores(reply.text)
+        if scores is None:
+            refused = reply.refusal or not reply.text.strip() or _REFUSING.search(reply.text)
+            return Verdict(item.id, "refused" if refused else "unparsed", detail=reply.text[:200])
+        pairs.append(scores)
+    (reference_1, answer_2), (answer_1, reference_2) = pairs
+    return Verdict(
+        item.id,
+        "scored",
+        answer_score=(answer_1 + answer_2) / 2,
+        reference_score=(reference_1 + reference_2) / 2,
+        lead=(reference_1 - reference_2 + answer_1 - answer_2) / 2,
+    )

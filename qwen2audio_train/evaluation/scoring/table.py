@@ -1,0 +1,80 @@
+"""Scores as text: aligned columns for a terminal."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+
+from qwen2audio_train.evaluation.scoring.bootstrap import Score
+
+PERCENT = frozenset(
+    {
+        "wer",
+        "cer",
+        "accuracy",
+        "pair_accuracy",
+        "unseen_word_error_rate",
+        "transcribed_instead",
+        "answered_instead",
+        "hallucination",
+    }
+)
+"""Metrics that are shares."""
+
+NAMES = {
+    "wer": "WER",
+    "cer": "CER",
+    "bleu": "BLEU",
+    "unseen_word_error_rate": "unseen words wrong",
+    "transcribed_instead": "transcribed instead of answered",
+    "answered_instead": "answered instead of transcribed",
+    "pair_accuracy": "pair accuracy",
+    "hallucination": "words where nobody speaks",
+    "judge": "judge's score",
+}
+"""How a metric is called where people read it; the others by their own names."""
+
+
+def value_text(metric: str, value: float | None) -> str:
+    """A value in its unit: `12.3 %`, `29.6`."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.1f} %" if metric in PERCENT else f"{value:.{_digits(metric)}f}"
+
+
+def interval_text(metric: str, low: float | None, high: float | None) -> str:
+    """A 95 % interval: `[10.1, 14.8]`."""
+    if low is None or high is None or not math.isfinite(low):
+        return ""
+    factor, digits = (100 if metric in PERCENT else 1), _digits(metric)
+    return f"[{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+
+
+def _digits(metric: str) -> int:
+    return 1 if metric in PERCENT or metric == "bleu" else 2
+
+
+def extra_text(score: Score) -> str:
+    """What guessing gets."""
+    known = [(name, score.extra[name]) for name in ("chance", "majority") if name in score.extra]
+    return ", ".join(f"{name} {value_text(score.metric, value)}" for name, value in known)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their widest cell (Chinese characters count two), those in `right` flush right."""
+    cells = [header, *rows]
+    widths = [max(_width(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = []
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - _width(cell))
+            padded.append(space + cell if column in right else cell + space)
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

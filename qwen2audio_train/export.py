@@ -1,0 +1,109 @@
+"""A result that plain transformers and peft load, and the proof: the stock classes decode it to the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase, Qwen2AudioForConditionalGeneration
+
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.prompts.render import render, rendered_text
+from qwen2audio_train.data.prompts.tokenizer import save_processor
+from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts, stop_ids
+from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
+from qwen2audio_train.layout import SAMPLING_RATE
+from qwen2audio_train.model.adapters import load_adapter
+from qwen2audio_train.model.packed import unwrap
+
+
+def export(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, base: str | None = None
+) -> Path:
+    """Write what `from_pretrained` reads: weights, processor with chat template, generation config.
+
+    Args:
+        model: a full model (merge its adapter first), or one with an adapter, of which the adapter alone is written.
+        base: for an adapter, the hub id or folder of the weights that it belongs to.
+
+    Raises:
+        ValueError: an adapter without a base.
+    """
+    folder = Path(folder)
+    saved: Any = model
+    if hasattr(model, "peft_config"):
+        if base is None:
+            raise ValueError("an adapter belongs to the weights that it was trained on: give their hub id or folder")
+        for config in saved.peft_config.values():
+            config.base_model_name_or_path = base
+    saved.save_pretrained(folder)
+    inner = unwrap(model)
+    audio_config: Any = inner.config.audio_config
+    save_processor(tokenizer, folder, audio_config.num_mel_bins)
+    generation_config(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Greedy decoding that ends at `<|im_end|>` or `<|endoftext|>`, as our own path has it."""
+    chat_end, text_end = stop_ids(tokenizer)
+    return GenerationConfig(
+        do_sample=False, eos_token_id=[chat_end, text_end], pad_token_id=text_end, bos_token_id=text_end
+    )
+
+
+@torch.no_grad()
+def stock_texts(
+    folder: str | Path, examples: Sequence[Example], *, base: str | None = None, decoding: Decoding = GREEDY
+) -> list[str]:
+    """Greedy answers of an exported model by the stock classes alone, one example at a time.
+
+    Args:
+        base: for an exported adapter, the weights that it goes on.
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(base or folder)
+    if base is not None:
+        model = load_adapter(model, str(folder), trainable=False)
+    model.eval()
+    generation = generation_config(processor.tokenizer)
+    generation.update(max_new_tokens=decoding.max_new_tokens, min_new_tokens=decoding.min_new_tokens)
+    texts = []
+    for example in examples:
+        rendered = render(example, for_generation=True)
+        waveforms = [load_audio(clip) for clip in rendered.clips]
+        inputs = processor(
+            text=rendered_text(rendered), audio=waveforms or None, sampling_rate=SAMPLING_RATE, return_tensors="pt"
+        )
+        ids = model.generate(**inputs, generation_config=generation)
+        answer = ids[0, inputs["input_ids"].size(1) :]
+        texts.append(processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return texts
+
+
+def check_export(
+    folder: str | Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    base: str | None = None,
+    decoding: Decoding = GREEDY,
+) -> list[tuple[str, str | None, str]]:
+    """Examples that the exported model and our own path answer differently: (id, ours, the stock classes').
+
+    In float32 there are none; in bfloat16 a few are, since the sums are rounded in another order.
+    """
+    audio_config: Any = unwrap(model).config.audio_config
+    options = SampleOptions(num_mel_bins=audio_config.num_mel_bins)
+    prompts = LazySamples(examples, tokenizer, options, for_generation=True)
+    ours = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)
+    theirs = stock_texts(folder, examples, base=base, decoding=decoding)
+    return [
+        (example.id, mine, stock) for example, mine, stock in zip(examples, ours, theirs, strict=True) if mine != stock
+    ]

@@ -1,0 +1,249 @@
+"""What a recipe would need and give on named GPUs: memory, time, throughput and cost, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from qwen2audio_train.config.bounds import at_least
+from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, Objective, Reference, Stage, StageConfig
+from qwen2audio_train.evaluation.scoring.table import aligned
+from qwen2audio_train.model.build import architecture_config
+from qwen2audio_train.planning.cost import (
+    MEMORY_BYTES,
+    PEAK_BF16_FLOPS,
+    Load,
+    Throughput,
+    forward_flops,
+    repeated,
+    sample_load,
+    throughput,
+    traffic_bytes,
+    training_flops,
+)
+from qwen2audio_train.planning.dry_run import CHARACTERS_PER_TOKEN, Counts, Plan, gib
+from qwen2audio_train.planning.memory import PRECISIONS, Memory, optimizer_bytes, step_memory
+from qwen2audio_train.training.stages.arguments import forwards_per_step
+
+FALLBACK = {"clip_s": 10.0, "prompt_tokens": 30.0, "label_tokens": 40.0}
+"""A sample where neither the command line nor a manifest says: ten seconds of speech and their transcript."""
+
+
+class PlanMode(StrEnum):
+    forecast = "forecast"
+    find_batch = "find_batch"
+
+
+@dataclass
+class PlanOptions:
+    """What launch/plan.py takes besides the keys of a stage.
+
+    Attributes:
+        mode: `forecast` computes; `find_batch` tries packs of growing size on this machine's device.
+        gpu: kind of GPU; gpus: how many, a rank on each.
+        gpu_hour_price: of one GPU, in any currency.
+        utilisation: share of the data sheet's peak that all operations, repeated ones too, are assumed to reach.
+        clip_s, prompt_tokens, label_tokens: of a typical sample (in DPO the labels of one answer); unset: the means of
+            the manifests.
+        limit_gib: memory that a trial may take beyond what the process held before; unset: all that a GPU has.
+    """
+
+    mode: PlanMode = PlanMode.forecast
+    gpu: str = field(default="H100", metadata={"choices": tuple(PEAK_BF16_FLOPS)})
+    gpus: int = at_least(1, 1)
+    gpu_hour_price: float = at_least(0, 0.0)
+    utilisation: float = at_least(0.01, 0.4, 1)
+    clip_s: float | None = at_least(0, None)
+    prompt_tokens: float | None = at_least(0, None)
+    label_tokens: float | None = at_least(0, None)
+    limit_gib: float | None = at_least(0, None)
+
+
+@dataclass(frozen=True)
+class Typical:
+    """A typical sample, and where its numbers come from."""
+
+    clip_s: float
+    prompt_tokens: int
+    label_tokens: int
+    answers: int
+    origin: str
+
+    @property
+    def load(self) -> Load:
+        return sample_load(self.clip_s, self.label_tokens, self.prompt_tokens, self.answers)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Figures of one optimiser step; `load`, `memory` and `speed` are of one forward and backward on each GPU."""
+
+    samples: int
+    load: Load
+    memory: Memory
+    speed: Throughput
+    forwards: int
+    useful_share: float
+    traffic: float
+
+
+def typical_sample(plan: Plan, options: PlanOptions) -> Typical:
+    """From the command line, else from the manifests that can be read, else the fallback."""
+    data, stage = plan.config.data, plan.config.stage
+    answers = 2 if stage is Stage.dpo and plan.config.preference.objective is Objective.dpo else 1
+    read = {name: counts for name, counts in plan.counts.items() if counts is not None and counts.examples}
+    weights = {name: data.sources[name].weight for name in read}
+    measured = mean_sample((counts, weights[name] or 0.0) for name, counts in read.items()) if read else {}
+    if measured:
+        measured["label_tokens"] /= answers
+    found, origins = {}, []
+    for name, fallback in FALLBACK.items():
+        given = getattr(options, name)
+        value, origin = (given, "given") if given is not None else (fallback, "assumed")
+        if given is None and measured:
+            value, origin = measured[name], "mean of the manifests"
+        found[name] = value
+        origins.append(f"{name} {value:.4g} ({origin})")
+    prompt, label = max(round(found["prompt_tokens"]), 1), max(round(found["label_tokens"]), 1)
+    return Typical(found["clip_s"], prompt, label, answers, ", ".join(origins))
+
+
+def mean_sample(sources: Iterable[tuple[Counts, float]]) -> dict[str, float]:
+    """Means over sources as they are mixed: by their weights, or by their sizes where none has one."""
+    rows = list(sources)
+    weighted = any(weight for _, weight in rows)
+    shares = [weight if weighted else counts.examples for counts, weight in rows]
+
+    def mean(*totals: float) -> float:
+        per_example = (total / counts.examples for total, (counts, _) in zip(totals, rows, strict=True))
+        return sum(share * value for share, value in zip(shares, per_example, strict=True)) / sum(shares)
+
+    return {
+        "clip_s": mean(*(counts.audio_s for counts, _ in rows)),
+        "prompt_tokens": mean(*(counts.prompt_characters for counts, _ in rows)) / CHARACTERS_PER_TOKEN,
+        "label_tokens": mean(*(counts.label_characters for counts, _ in rows)) / CHARACTERS_PER_TOKEN,
+    }
+
+
+def precision_of(config: StageConfig) -> str:
+    """The key of `PRECISIONS` that a recipe trains in; DeepSpeed casts weights where Trainer would cast inputs."""
+    if config.model.dtype.value == "bfloat16":
+        return "bfloat16"
+    if not config.trainer.get("bf16", False):
+        return "float32"
+    return "autocast" if config.deepspeed.stage is None else "bfloat16"
+
+
+def has_frozen_reference(config: StageConfig) -> bool:
+    """Whether a second copy of the weights is held, as `preference_trainer` decides it."""
+    chosen = config.preference.reference
+    if config.stage is not Stage.dpo or chosen in (Reference.cached, Reference.adapter):
+        return False
+    return chosen is Reference.frozen or config.adapter.kind.value == "none"
+
+
+def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
+    """The figures of a recipe.
+
+    Raises:
+        ConfigError: the stage or the adapter is not one that the model of costs knows, or a sample fits no pack.
+    """
+    config, data = plan.config, plan.config.data
+    if config.stage is Stage.encoder:
+        raise ConfigError("stage=encoder: its small model is not in the model of costs; plan pretrain, sft or dpo")
+    if config.adapter.kind.value == "qlora":
+        raise ConfigError("adapter.kind=qlora: four-bit weights are not in the model of costs; plan adapter.kind=lora")
+    architecture = architecture_config(config.model, None)
+    one = typical.load
+    per_pack = data.samples_per_pack or data.tokens_per_pack // one.tokens
+    if not per_pack:
+        raise ConfigError(
+            f"data.tokens_per_pack={data.tokens_per_pack}: the typical sample has {one.tokens} tokens; allow more"
+        )
+    samples = per_pack * data.packs_per_forward
+    load = repeated(one, samples)
+    trained = [part for part, count in plan.trained.items() if count]
+    adapter = sum(plan.adapter.values())
+    adapted = [part for part, count in plan.adapter.items() if count]
+    checkpointed = config.model.activation_checkpointing
+    selective = config.model.activation_checkpointing_policy is CheckpointingPolicy.selective
+    stage, precision = config.deepspeed.stage, precision_of(config)
+    copies = 2 if has_frozen_reference(config) else 1
+    float32_copy = stage is not None and precision == "bfloat16"
+    memory = step_memory(
+        architecture,
+        load,
+        plan.parameters,
+        trained=trained,
+        adapter_parameters=adapter,
+        adapted=adapted,
+        checkpointed=checkpointed,
+        selective=selective,
+        stage=stage or 0,
+        ranks=options.gpus,
+        precision=precision,
+        state_bytes=optimizer_bytes(plan.arguments.optim, PRECISIONS[precision].weight, float32_copy=float32_copy),
+        copies=copies,
+        offload_optimizer=config.deepspeed.offload_optimizer,
+        offload_parameters=config.deepspeed.offload_parameters,
+    )
+    passes = {"trained": trained, "adapted": adapted}
+    useful = sum(training_flops(architecture, load, **passes).values())
+    flops = sum(training_flops(architecture, load, **passes, checkpointed=() if selective else checkpointed).values())
+    if config.stage is Stage.dpo and config.preference.reference is not Reference.cached:
+        reference = sum(forward_flops(architecture, load).values())
+        useful, flops = useful + reference, flops + reference
+    forwards = forwards_per_step(config, options.gpus)
+    learned = adapter + sum(plan.parameters[part] for part in trained)
+    sent = sum(plan.parameters.values()) if stage == 3 else learned
+    return Forecast(
+        samples=samples,
+        load=load,
+        memory=memory,
+        speed=throughput(
+            load,
+            flops,
+            gpu=options.gpu,
+            utilisation=options.utilisation,
+            gpus=options.gpus,
+            gpu_hour_price=options.gpu_hour_price,
+        ),
+        forwards=forwards,
+        useful_share=useful / flops,
+        traffic=traffic_bytes(sent, stage or 0, forwards) if options.gpus > 1 else 0.0,
+    )
+
+
+def print_forecast(plan: Plan, options: PlanOptions) -> Forecast:
+    """Print memory, time, throughput and cost, and what they rest on."""
+    typical = typical_sample(plan, options)
+    found = forecast(plan, typical, options)
+    memory, speed, load = found.memory, found.speed, found.load
+    room = MEMORY_BYTES[options.gpu]
+    step_s = found.forwards * speed.step_s
+    hours = step_s * plan.arguments.max_steps / 3600
+    rows = [
+        ["a forward on each GPU", f"{load.tokens:,} tokens, {found.samples} samples, {load.audio_s:,.0f} s of audio"],
+        *(
+            [f"memory: {name}", gib(getattr(memory, name))]
+            for name in ("weights", "gradients", "optimizer", "activations", "head")
+        ),
+        ["memory of a GPU", f"{gib(memory.total)} of {gib(room)}: {'fits' if memory.total < room else 'DOES NOT FIT'}"],
+        *([["memory of the host", f"{gib(memory.host)} per GPU"]] if memory.host else []),
+        ["a step", f"{step_s:,.2f} s ({found.forwards} x {speed.step_s:.2f} s)"],
+        *([["sent by each GPU", f"{gib(found.traffic)} per step, not in its time"]] if found.traffic else []),
+        ["throughput", f"{speed.tokens_per_s:,.0f} tokens/s, {speed.audio_hours_per_hour:,.1f} audio-hours per hour"],
+        ["the whole run", f"{hours:,.1f} h, {hours * options.gpus:,.1f} GPU hours"],
+    ]
+    if options.gpu_hour_price:
+        cost = hours * options.gpus * options.gpu_hour_price
+        rows.append(["cost", f"{cost:,.2f}, {speed.price_per_audio_hour:,.4f} per hour of audio"])
+    print(aligned([f"~ {options.gpus} x {options.gpu}", ""], rows))
+    print(
+        f"assumed: {options.utilisation:.0%} of {PEAK_BF16_FLOPS[options.gpu] / 1e12:.0f} TFLOP/s (data sheet) over "
+        f"all operations, which is {options.utilisation * found.useful_share:.0%} MFU;\n"
+        f"full packs of one sample: {typical.origin}.\n"
+        "Left out: the optimizer's own time, waiting for data and other ranks, fragmentation, 1 to 2 GB of CUDA's own."
+    )
+    return found

@@ -1,0 +1,228 @@
+"""What a step holds in memory, from the architecture's numbers alone: weights, gradients, optimiser, activations.
+
+The activations are those that autograd keeps of transformers' layers with flash attention, counted tensor by tensor; a
+test holds them against what torch really saves. The estimate leaves out the allocator's fragmentation, buffers of
+communication, and what CUDA itself takes (1 to 2 GB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Qwen2AudioConfig
+
+from qwen2audio_train.layout import num_audio_tokens, num_encoder_frames
+from qwen2audio_train.model.loss import chunk_rows
+from qwen2audio_train.planning.cost import Load, head_dim
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of what is stored and computed.
+
+    Attributes:
+        weight: bytes of a weight and of its gradient.
+        stream: bytes of a value of the residual stream.
+        matmul: bytes of a value that goes into a linear layer or comes out of one.
+        text_norms: bytes per unit of width that the two RMS norms of a decoder layer keep for themselves and for the
+            linear layers behind them: input in float32, value before its weight, value behind it. Under autocast every
+            linear layer (three behind the first norm, two behind the second) keeps a bfloat16 copy of its own.
+        audio_norms: the same for the two layer norms of an encoder layer, which keep input and output.
+    """
+
+    weight: int
+    stream: int
+    matmul: int
+    text_norms: int
+    audio_norms: int
+
+
+PRECISIONS = {
+    "float32": Precision(4, 4, 4, text_norms=2 * (4 + 4 + 4), audio_norms=2 * (4 + 4)),
+    "bfloat16": Precision(2, 2, 2, text_norms=2 * (4 + 2 + 2), audio_norms=2 * (2 + 2)),
+    "autocast": Precision(4, 4, 2, text_norms=2 * (4 + 4) + 5 * 2, audio_norms=2 * 4 + 4 * 2),
+}
+"""float32 weights computed in float32, bfloat16 ones in bfloat16, float32 ones in bfloat16 (`trainer.bf16`)."""
+
+OPTIMIZER_STATES = {
+    "adamw_torch": (0, 2),
+    "adamw_torch_fused": (0, 2),
+    "adamw_bf16_kahan": (0, 3),
+    "adamw_bf16_stochastic": (0, 2),
+    "adamw_bnb_8bit": (2 * (1 + 4 / 256), 0),
+    "paged_adamw_8bit": (2 * (1 + 4 / 256), 0),
+    "adafactor": (0, 0),
+    "sgd": (0, 0),
+}
+"""State per trained value: bytes, and further values of the weight's own type. The 8-bit ones have a float32 scale for
+every 256 values. What Adafactor keeps of a matrix, a row and a column, is left out."""
+
+ADAPTER_BYTES = 4
+"""Adapters are trained in float32."""
+
+
+def optimizer_bytes(optim: str, weight_bytes: int, *, float32_copy: bool = False) -> float:
+    """Optimiser bytes per trained value, with a float32 copy of its weight where DeepSpeed keeps one."""
+    fixed, values = OPTIMIZER_STATES[optim]
+    return fixed + values * (4 if float32_copy else weight_bytes) + 4 * float32_copy
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the end of a forward that finds gradients of an earlier one, which is where the peak lies.
+
+    `host` is what was moved to the host, and not part of the total.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+def step_memory(
+    config: Qwen2AudioConfig,
+    load: Load,
+    parameters: Mapping[str, int],
+    *,
+    trained: Collection[str],
+    adapter_parameters: int = 0,
+    adapted: Collection[str] = (),
+    checkpointed: Collection[str] = (),
+    selective: bool = False,
+    stage: int = 0,
+    ranks: int = 1,
+    precision: str = "bfloat16",
+    state_bytes: float = 12,
+    copies: int = 1,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+) -> Memory:
+    """Memory of a training step.
+
+    Args:
+        load: what one GPU runs in one forward.
+        parameters: per part, as `build.parameter_counts` gives them.
+        trained: parts whose weights are trained.
+        adapter_parameters: size of the low-rank adapters, all of them; `adapted`: the parts that they lie in.
+        checkpointed: parts whose layers recompute their activations; `selective`: but for products and attention.
+        stage, ranks: of ZeRO.
+        precision: a key of `PRECISIONS`.
+        state_bytes: of `optimizer_bytes`; the default is AdamW's under DeepSpeed in bfloat16.
+        copies: of the weights; two with a frozen reference model.
+        offload_optimizer, offload_parameters: what lies on the host.
+    """
+    size = PRECISIONS[precision]
+    learned, flows = sum(parameters[part] for part in trained), set(trained) | set(adapted)
+    weights = float(size.weight * sum(parameters.values()) * copies + ADAPTER_BYTES * adapter_parameters)
+    weights /= ranks if stage >= 3 else 1
+    optimizer = state_bytes * learned + 2 * ADAPTER_BYTES * adapter_parameters
+    optimizer /= ranks if stage >= 1 else 1
+    # Autocast casts a weight once per forward, and backward wants the copy again.
+    casts = 2 * sum(parameters[part] for part in flows & LINEAR_PARTS) if precision == "autocast" else 0
+    return Memory(
+        weights=casts + (0 if offload_parameters else weights),
+        gradients=(size.weight * learned + ADAPTER_BYTES * adapter_parameters) / (ranks if stage >= 2 else 1),
+        optimizer=0 if offload_optimizer else optimizer,
+        activations=activation_bytes(
+            config, load, flows=flows, checkpointed=checkpointed, selective=selective, precision=precision
+        ),
+        head=head_bytes(config, load.labels, trained="lm_head" in trained, precision=precision),
+        host=optimizer * offload_optimizer + weights * offload_parameters,
+    )
+
+
+LINEAR_PARTS = {"audio_tower", "multi_modal_projector", "language_model", "lm_head"}
+"""Parts whose weights are factors of matrix products, nearly all of them."""
+
+
+def activation_bytes(
+    config: Qwen2AudioConfig,
+    load: Load,
+    *,
+    flows: Collection[str],
+    checkpointed: Collection[str],
+    selective: bool = False,
+    precision: str = "bfloat16",
+) -> int:
+    """Bytes that backward needs of forward.
+
+    Args:
+        flows: parts with trained or adapted weights; the tower keeps nothing when it is not among them.
+    """
+    audio: Any = config.audio_config
+    text: Any = config.text_config
+    stream = PRECISIONS[precision].stream
+    frames = sum(num_encoder_frames(f) for f in load.clip_frames)
+    tower, one_encoder_layer = 0, 0
+    if "audio_tower" in flows:
+        whole = frames * encoder_layer_bytes(audio, precision)
+        recomputed = "audio_tower" in checkpointed
+        products = selective * encoder_product_bytes(audio, precision)
+        kept = frames * (stream * audio.d_model + products) if recomputed else whole
+        tower = audio.encoder_layers * kept + convolution_bytes(audio, sum(load.clip_frames), precision)
+        one_encoder_layer = whole * recomputed
+    whole = load.tokens * decoder_layer_bytes(text, precision)
+    recomputed = "language_model" in checkpointed
+    products = selective * decoder_product_bytes(text, precision)
+    kept = load.tokens * (stream * text.hidden_size + products) if recomputed else whole
+    merged = stream * text.hidden_size * (load.tokens + sum(num_audio_tokens(f) for f in load.clip_frames))
+    language_model = merged + text.num_hidden_layers * kept + whole * recomputed
+    # The tower's layers are computed again when nothing is left of the language model's.
+    return int(tower + max(language_model, one_encoder_layer))
+
+
+def encoder_layer_bytes(audio: Any, precision: str = "bfloat16") -> int:
+    """Bytes that one encoder layer keeps of one encoder frame (20 ms).
+
+    Of width d: what both norms keep; query, key, value and the attention's output, the last one twice (5 d); and the
+    feed-forward part's two inner values.
+    """
+    size = PRECISIONS[precision]
+    return int(size.audio_norms * audio.d_model + size.matmul * (5 * audio.d_model + 2 * audio.encoder_ffn_dim))
+
+
+def convolution_bytes(audio: Any, frames: int, precision: str = "bfloat16") -> int:
+    """Bytes that both convolutions keep of `frames` mel frames: inputs and what the activations need."""
+    values = audio.num_mel_bins + 2 * audio.d_model + audio.d_model // 2
+    return int(frames * PRECISIONS[precision].matmul * values)
+
+
+def decoder_layer_bytes(text: Any, precision: str = "bfloat16") -> int:
+    """Bytes that one decoder layer keeps of one token.
+
+    What both norms keep; of the heads query, key, value and the attention's output; of the feed-forward part gate,
+    activation, up and product.
+    """
+    size = PRECISIONS[precision]
+    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
+    return int(size.text_norms * text.hidden_size + size.matmul * (heads + 4 * text.intermediate_size))
+
+
+def encoder_product_bytes(audio: Any, precision: str = "bfloat16") -> int:
+    """Bytes of what the products and the attention of one encoder layer give for one frame."""
+    return int(PRECISIONS[precision].matmul * (6 * audio.d_model + audio.encoder_ffn_dim))
+
+
+def decoder_product_bytes(text: Any, precision: str = "bfloat16") -> int:
+    """Bytes of what the products and the attention of one decoder layer give for one token."""
+    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
+    return int(PRECISIONS[precision].matmul * (heads + 2 * text.hidden_size + 2 * text.intermediate_size))
+
+
+def head_bytes(config: Qwen2AudioConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:
+    """Bytes of the scoring of labels: one chunk of logits, in float32 too, their gradient, and both gradients of it."""
+    text: Any = config.text_config
+    matmul = PRECISIONS[precision].matmul
+    rows = min(labels, chunk_rows(text.vocab_size))
+    chunk = rows * text.vocab_size * (4 if matmul == 4 else 4 + 2 * matmul)
+    gradients = labels * text.hidden_size + (text.hidden_size * text.vocab_size if trained else 0)
+    return int(chunk + matmul * gradients)

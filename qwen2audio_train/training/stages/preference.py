@@ -1,0 +1,177 @@
+"""The trainer of stage three from a recipe: policy, reference (live or stored), probes and guard."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from qwen2audio_train.config.schema import ConfigError, Objective, PreferenceConfig, Reference, StageConfig
+from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample, UnpairedExample
+from qwen2audio_train.data.loading.build import Loader, eval_batches
+from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.samples.maker import remote_of
+from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.evaluation.decoding.generate import Decoding
+from qwen2audio_train.training.reference.cache import ReferenceCache, reference_id
+from qwen2audio_train.training.reference.reference import reference_digest
+from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.probes import HeldOutGuard, decoded_probe, drift_probe, listening_probe
+from qwen2audio_train.training.trainers.callbacks import callbacks
+from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
+from qwen2audio_train.training.trainers.kto import AudioKTOTrainer
+from qwen2audio_train.training.trainers.preference import PreferenceSeams, Probe
+
+PROBE_NEW_TOKENS = 128
+"""Longest answer that a probe decodes."""
+
+
+def preference_trainer(
+    config: StageConfig,
+    arguments: TrainingArguments,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Loader,
+) -> PreferenceSeams:
+    """The trainer of the recipe's objective.
+
+    A frozen reference is a copy of the policy as it starts; a cached one is the policy itself, asked about every pair
+    before its first step.
+
+    Raises:
+        ConfigError: the recipe wants stored log-probabilities, and audio that changes or KTO, which has none; or KTO
+            with one prompt per forward.
+    """
+    held_out = stage.held_out(config, tokenizer)
+    reference = config.preference.reference
+    if reference is Reference.auto:
+        reference = Reference.adapter if is_peft_model(model) else Reference.frozen
+    frozen = frozen_copy(config, model, tokenizer) if reference is Reference.frozen else None
+    if reference is Reference.cached and config.preference.objective is Objective.kto:
+        raise ConfigError("preference.reference=cached and preference.objective=kto: use reference=frozen or adapter")
+    if config.data.samples_per_pack == 1 and config.preference.objective is Objective.kto:
+        raise ConfigError("data.samples_per_pack=1 and preference.objective=kto: its KL term needs 2 prompts or more")
+    cache = open_cache(config, arguments, model) if reference is Reference.cached else None
+    options: dict[str, Any] = {
+        "args": arguments,
+        "reference": reference,
+        "ref_model": frozen,
+        "probes": probes(config, tokenizer),
+        "processing_class": tokenizer,
+        "loader": batches,
+        "eval_batches": held_out,
+        "files": stage.run_files(config, tokenizer),
+        "rates": config.optimizer,
+        "callbacks": [*callbacks(config, stage.settings(config)), *guards(config.preference)],
+    }
+    if config.preference.objective is Objective.kto:
+        return AudioKTOTrainer(model, **options)
+    trainer = AudioDPOTrainer(model, cache=cache, **options)
+    if cache is not None:
+        fill_cache(trainer, cache, [every_training_pair(config, tokenizer, model), held_out])
+    return trainer
+
+
+def frozen_copy(config: StageConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The policy once more; what ZeRO-3 has cut up cannot be copied, and is built again from where it came."""
+    cut_up = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    copied = stage.build_policy(config, tokenizer) if cut_up else copy.deepcopy(model)
+    return copied.eval().requires_grad_(False)
+
+
+def open_cache(config: StageConfig, arguments: Any, model: Any) -> ReferenceCache:
+    """The store of this policy's own log-probabilities, in a folder of its own below `preference.cache_dir`."""
+    if changing := config.data.augment.changing():
+        raise ConfigError(
+            f"preference.reference=cached and data.augment.{changing[0]}: stored log-probabilities belong to one "
+            "audio; switch the augmentation off, or use preference.reference=frozen or adapter"
+        )
+    digest = reference_digest(model)
+    dtype = torch.bfloat16 if arguments.bf16 else model.dtype
+    folder = Path(config.preference.cache_dir) / digest[:16]
+    return ReferenceCache(folder, reference_id(digest, dtype, arguments.ld_alpha), stage.process().process_index)
+
+
+def every_training_pair(
+    config: StageConfig, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> Callable[[], Loader] | None:
+    """Batches that hold each training pair once, this rank's share; None for streams, stored as they come by.
+
+    Raises:
+        ConfigError: streams, and a policy without adapter, whose reference is gone after its first step.
+    """
+    streaming = [name for name, source in config.data.sources.items() if source.streaming]
+    if streaming and not is_peft_model(model):
+        raise ConfigError(
+            f"preference.reference=cached and data.sources.{streaming[0]}.streaming: a stream cannot be read ahead; "
+            "unset it, or use preference.reference=frozen or adapter.kind=lora"
+        )
+    if streaming:
+        return None
+    state = stage.process()
+    data = dataclasses.replace(config.data, eval_sources=config.data.sources)
+    return lambda: eval_batches(
+        data,
+        tokenizer,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        num_mel_bins=config.model.num_mel_bins,
+    )
+
+
+def fill_cache(
+    trainer: AudioDPOTrainer, cache: ReferenceCache, passes: list[Callable[[], Iterable[dict[str, Tensor]]] | None]
+) -> None:
+    """Store what is missing of every pass over pairs, and read what the other ranks stored."""
+    before = len(cache)
+    for batches in passes:
+        if batches is not None:
+            trainer.precompute_reference(batches())
+    if dist.is_initialized():
+        dist.barrier()
+    cache.load()
+    if trainer.args.should_save:
+        print(f"reference log-probabilities: {before} pairs were stored, now {len(cache)} ({cache.folder})")
+
+
+def guards(config: PreferenceConfig) -> list[TrainerCallback]:
+    """What may stop training before its last step."""
+    if not config.patience:
+        return []
+    return [HeldOutGuard(config.watch, config.patience, greater_is_better=not config.watch_lower)]
+
+
+def probes(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+    """What every evaluation measures besides the held-out pairs."""
+    examples = list(islice(_held_out_preferences(config), config.preference.probe_examples))
+    if not examples:
+        return []
+    options = SampleOptions(num_mel_bins=config.model.num_mel_bins)
+    decoding = Decoding(max_new_tokens=PROBE_NEW_TOKENS, seed=config.seed)
+    found = [drift_probe(tokenizer, examples, options, decoding)]
+    if pairs := [example for example in examples if isinstance(example, PreferenceExample)]:
+        found.append(listening_probe(tokenizer, pairs, options, seed=config.seed))
+    if asked := [_with_answer(pair) for pair in pairs if pair.meta.get("task")]:
+        found.append(decoded_probe(tokenizer, asked, options, decoding))
+    return found
+
+
+def _held_out_preferences(config: StageConfig) -> Iterator[PreferenceExample | UnpairedExample]:
+    for name, source in config.data.eval_sources.items():
+        found = good_examples(find_manifests(name, source, remote_of(config.data), config.data.num_workers))
+        yield from (example for example in found if isinstance(example, PreferenceExample | UnpairedExample))
+
+
+def _with_answer(pair: PreferenceExample) -> ChatExample:
+    """The prompt with the chosen answer as its reference."""
+    messages = (*pair.prompt, Message("assistant", (pair.chosen,)))
+    return ChatExample(pair.id, messages, pair.source, meta=pair.meta)

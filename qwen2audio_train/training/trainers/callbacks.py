@@ -1,0 +1,132 @@
+"""What is written and shown while a stage trains: `log.jsonl`, a progress bar, and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwen2audio_train.config.schema import StageConfig, WandbMode
+
+
+class JsonlLog(TrainerCallback):
+    """Append every log line to `log.jsonl`: one JSON object with stage, step, seconds since the start, and figures."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path = path
+        self.stage = stage
+        self.started = time.time()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop lines beyond the step that training goes on from: they will be written again."""
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept) if state.global_step else "")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            line = {"stage": self.stage, "step": state.global_step, "seconds": round(time.time() - self.started, 2)}
+            # Trainer's epoch is a share of max_steps; passes over the sources are in `data/*/pass`.
+            logs = {name: value for name, value in logs.items() if name != "epoch"}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line | logs) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, tokens/s and audio-seconds/s."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:.0f} tokens/s, {logs['audio_s_per_s']:.0f} audio-s/s"
+            )
+        elif "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Wandb(TrainerCallback):
+    """Hand the same log lines to Weights & Biases, from rank 0."""
+
+    def __init__(self, config: StageConfig, settings: dict[str, Any]) -> None:
+        self.config = config
+        self.settings = settings
+        self.run: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        import wandb
+
+        tracker = self.config.tracker
+        self.run = wandb.init(
+            project=tracker.project,
+            entity=tracker.entity,
+            name=self.config.name,
+            dir=self.config.run_dir,
+            mode="offline" if tracker.wandb is WandbMode.offline else "online",
+            config=self.settings,
+        )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if self.run is not None and logs:
+            self.run.log(logs, step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+def callbacks(config: StageConfig, settings: dict[str, Any]) -> list[TrainerCallback]:
+    """The callbacks of a stage."""
+    chosen: list[TrainerCallback] = [
+        JsonlLog(Path(config.run_dir) / "log.jsonl", config.stage.value),
+        Progress(config.stage.value),
+    ]
+    mode = config.tracker.wandb
+    if mode is WandbMode.auto:
+        mode = WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.off
+    if mode is not WandbMode.off:
+        chosen.append(Wandb(config, settings))
+    return chosen

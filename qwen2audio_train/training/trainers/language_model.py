@@ -1,0 +1,104 @@
+"""Pre-training and supervised fine-tuning: `transformers.Trainer` on packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.data.loading.build import Loader
+from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.trainers.callbacks import callbacks
+from qwen2audio_train.training.trainers.packed import PackedSeams
+
+
+def language_modelling_trainer(
+    config: StageConfig,
+    arguments: TrainingArguments,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Loader,
+) -> AudioTrainer:
+    """The trainer of pre-training and of supervised fine-tuning."""
+    held_out = stage.held_out(config, tokenizer)
+    return AudioTrainer(
+        model=model,
+        args=arguments,
+        loader=batches,
+        eval_batches=held_out,
+        files=stage.run_files(config, tokenizer),
+        sources=list(batches.source_names),
+        rates=config.optimizer,
+        callbacks=callbacks(config, stage.settings(config)),
+    )
+
+
+class AudioTrainer(PackedSeams, Trainer):
+    """Token-normalised loss over the whole optimiser step, with loss and accuracy per source from the same pass."""
+
+    def __init__(self, *args: Any, sources: list[str], **kwargs: Any) -> None:
+        self.sources = sources
+        super().__init__(*args, **kwargs)
+        self.sums = torch.zeros(len(sources), 3, dtype=torch.float64)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of weighted token losses, over the weights of the whole step on all ranks.
+
+        DDP and DeepSpeed average gradients over ranks, hence the factor `world_size`; nothing divides again.
+        """
+        output = model(**inputs)
+        self._add(self.sums, inputs["source_id"], output)
+        scale = self.args.world_size / num_items_in_batch.clamp(min=1e-8).to(output.nll_sum.device)
+        loss = output.nll_sum * scale
+        return (loss, output) if return_outputs else loss
+
+    @staticmethod
+    def _add(sums: Tensor, source_id: Tensor, output: Any) -> None:
+        rows = torch.stack((output.nll.double(), output.correct.double(), torch.ones_like(output.nll).double()), 1)
+        sums.index_add_(0, source_id.cpu(), rows.cpu())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._per_source("", self.sources, self.sum_over_ranks(self.sums))
+            self.sums.zero_()
+        super().log(logs, start_time)
+
+    @staticmethod
+    def _per_source(prefix: str, sources: Sequence[str], sums: Tensor) -> dict[str, float]:
+        """Mean loss per labelled token of each source and token accuracy over all."""
+        nll, correct, count = sums.sum(0).tolist()
+        figures = {f"{prefix}token_accuracy": round(correct / max(count, 1), 5)}
+        if prefix:
+            figures[f"{prefix}loss"] = nll / max(count, 1)
+        for name, (source_nll, _, labels) in zip(sources, sums.tolist(), strict=True):
+            if labels:
+                figures[f"{prefix}loss/{name}"] = round(source_nll / labels, 5)
+        return figures
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Teacher-forced loss and token accuracy on the held-out batches, the same number of forwards on every rank."""
+        if self.eval_batches is None:
+            return {}
+        batches = self.eval_batches()
+        sums = torch.zeros(len(batches.source_names), 3, dtype=torch.float64)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                self._add(sums, inputs["source_id"], model(**inputs))
+        model.train(was_training)
+        metrics = self._per_source(f"{metric_key_prefix}_", batches.source_names, self.sum_over_ranks(sums))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,317 @@
+"""What the two trainers share: batches that know their rank, a step counted over all ranks, sealed checkpoints.
+
+`PackedSeams` goes before `transformers.Trainer` (or a subclass of it) in the bases. It overrides Trainer where its
+assumptions do not hold for packed batches: the loader is not re-sharded, the normaliser of the loss is the sum over the
+whole optimiser step, and a checkpoint is the folder of `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from qwen2audio_train.config.schema import OptimizerConfig
+from qwen2audio_train.data.quarantine import TooManyBadExamples
+from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
+from qwen2audio_train.model.adapters import adapter_state, restore_adapter
+from qwen2audio_train.model.packed import unwrap
+from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints.restore import check_fit, load_saved_state
+from qwen2audio_train.training.trainers.optimizers import build_optimizer
+
+CONFIG_FILE = "config.yaml"
+
+FRAME_S = HOP_LENGTH / SAMPLING_RATE
+
+
+class Loader(Protocol):
+    """Batches of one rank, and where in the data they stand."""
+
+    @property
+    def source_names(self) -> Sequence[str]: ...
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
+
+    def state_dict(self, step: int) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    telemetry: Any
+
+
+@dataclass
+class RunFiles:
+    """What a checkpoint holds besides tensors, and how its weights' tokenizer and feature extractor are saved."""
+
+    config_yaml: str
+    lineage: dict[str, Any]
+    save_processor: Callable[[Path], None]
+
+
+@dataclass
+class StepCounts:
+    """Sums of one optimiser step over all ranks and micro-batches."""
+
+    weight: float = 0.0
+    tokens: float = 0.0
+    audio_s: float = 0.0
+    labels: float = 0.0
+    pairs: float = 0.0
+
+
+@dataclass
+class Meter:
+    """Running sums between two log lines."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+    counts: StepCounts = field(default_factory=StepCounts)
+
+
+class Diverged(RuntimeError):
+    """Training went beyond what numbers can hold."""
+
+
+class PackedSeams(Trainer):
+    """Mixin; see the module's docstring."""
+
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        loader: Loader,
+        files: RunFiles,
+        eval_batches: Callable[[], Loader] | None = None,
+        rates: OptimizerConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.rates = rates or OptimizerConfig()
+        self.loader = loader
+        self.files = files
+        self.eval_batches = eval_batches
+        self.meter = Meter()
+        # Trainer refuses an evaluation interval without a data set; ours come from `eval_batches`.
+        kwargs.setdefault("eval_dataset", [] if eval_batches is not None else None)
+        super().__init__(*args, **kwargs)
+        # The loss is divided in compute_loss, once; this keeps every supported Trainer from dividing it again.
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `trainer.optim` over groups with a learning rate per module."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.args, self.model, self.rates)
+        return self.optimizer
+
+    # Batches ----------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """The packs of this rank, as they are: `accelerator.prepare` would deal them out a second time."""
+        return self.loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list, Any]:
+        """All micro-batches of one step on this rank, and the sum of the step's weights over all ranks.
+
+        Raises:
+            TooManyBadExamples: there is nothing to learn in the very first step.
+        """
+        started = time.perf_counter()
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self.meter.waited_s += time.perf_counter() - started
+        counts = self._count(batches, device)
+        if counts.weight == 0 and self.state.global_step == 0:
+            listed = Path(str(self.args.output_dir)) / "bad_examples.rank*.jsonl"
+            raise TooManyBadExamples(f"no example of the first step could be used; {listed} says why")
+        for name in ("tokens", "audio_s", "labels"):
+            setattr(self.meter.counts, name, getattr(self.meter.counts, name) + getattr(counts, name))
+        return batches, torch.tensor(counts.weight, device=device)
+
+    def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+        rows = [
+            (
+                float(batch["weight"].sum()) if "weight" in batch else 0.0,
+                float(batch.get("packed_ids", batch["input_ids"]).numel()),
+                float(batch["clip_frames"].sum()) * FRAME_S,
+                float(batch["completion_mask"].sum() if "completion_mask" in batch else batch["target"].numel()),
+                float(batch["pair_weight"].sum()) if "pair_weight" in batch else 0.0,
+            )
+            for batch in batches
+        ]
+        total = torch.tensor(rows, dtype=torch.float64).sum(0)
+        return StepCounts(*self.sum_over_ranks(total, device).tolist())
+
+    def sum_over_ranks(self, values: Tensor, device: Any = None) -> Tensor:
+        """Sum of a tensor over all ranks."""
+        if self.args.world_size == 1:
+            return values
+        moved = values.to(device or self.args.device)
+        dist.all_reduce(moved)
+        return moved.cpu()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Trainer's estimate assumes dense rows; the cost model counts what a packed step really does."""
+        return 0
+
+    # Log --------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput and the loader's own figures to a training log line.
+
+        Raises:
+            Diverged: the loss is no longer a number.
+        """
+        if not math.isfinite(loss := logs.get("loss", logs.get("train_loss", 0.0))):
+            raise Diverged(
+                f"the loss is {loss} at step {self.state.global_step}, and so are the weights; no checkpoint is made "
+                "of them. Start again, or go on from the last one, with a lower trainer.learning_rate"
+            )
+        if "loss" in logs:
+            elapsed = max(time.perf_counter() - self.meter.started, 1e-9)
+            logs["tokens_per_s"] = round(self.meter.counts.tokens / elapsed, 1)
+            logs["audio_s_per_s"] = round(self.meter.counts.audio_s / elapsed, 2)
+            logs["data_wait_share"] = round(self.meter.waited_s / elapsed, 4)
+            logs |= {f"data/{name}": value for name, value in self.loader.telemetry.take().items()}
+            self.meter = Meter()
+        super().log(logs, start_time)
+        self.state.log_history[-1].pop("epoch", None)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint aside, seal it, then drop the oldest.
+
+        Raises:
+            CheckpointError: it could not be written, for example because the disk is full; the earlier ones are left.
+        """
+        run_dir = Path(str(self.args.output_dir))
+        target = run_dir / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(target.with_suffix(folders.PARTIAL))
+            if self.args.should_save:
+                folders.seal(target.with_suffix(folders.PARTIAL), target)
+        except (OSError, SafetensorError) as error:
+            raise folders.write_failure(target, error) from error
+        if self.args.should_save:
+            folders.rotate(run_dir, self.args.save_total_limit)
+        self._wait()
+
+    def _write_checkpoint(self, partial: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._wait()
+        self._save_weights(partial)
+        self._save_training_state(partial)
+        data_state = self.loader.state_dict(self.state.global_step)  # on every rank: streams put theirs together
+        if self.args.should_save:
+            self._save_run_files(partial, data_state)
+        self._wait()
+
+    def save_final_checkpoint(self) -> None:
+        """A checkpoint of the last step, unless the save interval has just written one."""
+        if not (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / folders.MANIFEST).is_file():
+            self._save_checkpoint(self.model, None)
+
+    def _save_weights(self, partial: Path) -> None:
+        adapter = is_peft_model(self.model)
+        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+        if not self.args.should_save:
+            return
+        folder = partial / (folders.ADAPTER_FOLDER if adapter else folders.MODEL_FOLDER)
+        (self.model if adapter else unwrap(self.model)).save_pretrained(folder, state_dict=state)
+        self.files.save_processor(folder)
+
+    def _save_training_state(self, partial: Path) -> None:
+        (partial / "rng").mkdir(exist_ok=True)
+        self._save_rng_state(str(partial / "rng"))
+        if self.is_deepspeed_enabled:
+            frozen = {"exclude_frozen_parameters": True} if is_peft_model(self.model) else {}
+            self.model_wrapped.save_checkpoint(str(partial / "deepspeed"), **frozen)
+        elif self.args.should_save:
+            (partial / "optimizer").mkdir()
+            folders.save_state(self.optimizer.state_dict(), partial / "optimizer" / "optimizer.pt")
+        if self.args.should_save:
+            folders.save_state(self.lr_scheduler.state_dict(), partial / "scheduler.pt")
+
+    def _save_run_files(self, partial: Path, data_state: dict[str, Any]) -> None:
+        self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        (partial / "data_state.json").write_text(json.dumps(data_state, indent=1))
+        (partial / CONFIG_FILE).write_text(self.files.config_yaml)
+        (partial / "lineage.json").write_text(json.dumps(self.files.lineage, indent=1))
+
+    def _wait(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    # Resume -----------------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing here: weights are restored after wrapping, at one place for every backend (`_restore`)."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            super()._load_rng_state(str(Path(checkpoint) / "rng"))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
+        if self.args.should_save:
+            # Not before: a start that is refused leaves the record of the run as it was.
+            (Path(str(self.args.output_dir)) / CONFIG_FILE).write_text(self.files.config_yaml)
+        return prepared
+
+    def _restore(self, folder: Path) -> None:
+        """Weights, optimizer, schedule and place in the data of a verified checkpoint."""
+        base = json.loads((folder / "lineage.json").read_text())["base"]
+        if self.args.should_save and is_peft_model(self.model) and base != self.files.lineage["base"]:
+            raise folders.CheckpointError(
+                f"{folder}: its adapter was trained on other base weights than those of init_from "
+                f"({self.files.lineage['init_from']}); put them back"
+            )
+        self.loader.load_state_dict(json.loads((folder / "data_state.json").read_text()))
+        if self.is_deepspeed_enabled:
+            strict = not is_peft_model(self.model)
+            self.model_wrapped.load_checkpoint(str(folder / "deepspeed"), load_module_strict=strict)
+        else:
+            self._restore_weights(folder)
+            state = torch.load(folder / "optimizer" / "optimizer.pt", map_location="cpu", weights_only=True)
+            try:
+                self.optimizer.load_state_dict(state)
+            except ValueError as error:
+                raise folders.CheckpointError(
+                    f"{folder}: the state of the optimizer does not fit ({error}); trainer.optim, the frozen parts, "
+                    "the adapter and the learning rates per module have to be those of the run that is resumed"
+                ) from error
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+
+    def _restore_weights(self, folder: Path) -> None:
+        adapter = is_peft_model(self.model)
+        state: dict[str, Tensor] = {}
+        for shard in sorted(
+            (folder / (folders.ADAPTER_FOLDER if adapter else folders.MODEL_FOLDER)).glob("*.safetensors")
+        ):
+            state |= load_file(shard)
+        if adapter:
+            check_fit(state, adapter_state(self.model))
+            restore_adapter(self.model, state)
+        else:
+            load_saved_state(self.model, state)

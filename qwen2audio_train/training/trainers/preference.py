@@ -1,0 +1,247 @@
+"""What the trainers of preferences share: TRL's loss code on packed pairs, a mean over the whole step, its metrics.
+
+`PreferenceSeams` goes before a trainer of TRL that scores rows of prompt and answer (`DPOTrainer`, `KTOTrainer`). What
+it adds is what TRL cannot know: batches that know their rank, a mean over all pairs of the optimiser step instead of
+one per micro-batch, metrics to match, probes at evaluation, and a reference that takes no more memory than it must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import use_adapter
+
+from qwen2audio_train.config.schema import Reference
+from qwen2audio_train.training.reference.reference import (
+    REFERENCE_ADAPTER,
+    adapter_left_as_it_is,
+    local_gather,
+    trained_outside_adapter,
+)
+from qwen2audio_train.training.trainers.packed import PackedSeams, StepCounts
+
+Probe = Callable[["PreferenceSeams"], dict[str, float]]
+"""Figures of the trainer's policy as it is now; every rank calls it at every evaluation."""
+
+OWN_KEYS = frozenset({"pair_weight", "pair_key"})
+"""Keys of a batch that neither TRL nor the model gets."""
+
+SIDES = ("chosen", "rejected")
+
+TOKEN_METRICS = {
+    "entropy": "all",
+    "mean_token_accuracy": "chosen",
+    "logits/chosen": "chosen",
+    "logits/rejected": "rejected",
+}
+"""Metrics of TRL that are means over the tokens of these answers; the others are means over pairs."""
+
+
+class PreferenceSeams(PackedSeams):
+    """Mixin; see the module's docstring.
+
+    Args:
+        model: the policy, a `PackedQwen2Audio` or a PEFT model around one.
+        reference: where the reference's log-probabilities come from, as `resolve_reference` gave it.
+        ref_model: the frozen copy.
+        probes: what evaluation measures besides the held-out pairs, see `guards`.
+        args, processing_class, callbacks, optimizers: as for TRL's trainer (a tokenizer, not a processor).
+        loader, files, eval_batches: see `PackedSeams`.
+    """
+
+    model: Any
+    args: Any
+    ref_model: Any
+    beta: float
+    loss_is_scaled_for_ga: Any = True  # compute_loss divides by the pairs of the whole step
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+    _precompute_engine: Any
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: Any,
+        reference: Reference,
+        ref_model: nn.Module | None = None,
+        probes: Sequence[Probe] = (),
+        **kwargs: Any,
+    ) -> None:
+        adapted = is_peft_model(model)
+        self.probes = tuple(probes)
+        self._adapter_is_reference = adapted and ref_model is None and not trained_outside_adapter(model)
+        self._tallies: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        # Else TRL would load a reference for a policy that has neither adapter nor ref_model.
+        args.precompute_ref_log_probs = reference is Reference.cached and not adapted
+        # TRL wants a data set to look into; the batches come from `loader`.
+        stand_in = Dataset.from_dict({"prompt": [""]})
+        held_out = stand_in if kwargs.get("eval_batches") else None
+        data = {"train_dataset": stand_in, "eval_dataset": held_out}
+        with adapter_left_as_it_is(model):
+            super().__init__(model=model, ref_model=ref_model, args=args, **data, **kwargs)
+        args.precompute_ref_log_probs = False
+        self.precompute_ref_logps = False
+
+    # What TRL does with a data set, and we do in `data` ---------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    # The step ---------------------------------------------------------------------------------------------------------
+
+    def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+        """The weight of a step is its number of pairs."""
+        counts = super()._count(batches, device)
+        return dataclasses.replace(counts, weight=counts.pairs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """TRL's loss of a micro-batch, scaled so that ranks and micro-batches add up to the mean over all pairs.
+
+        Args:
+            num_items_in_batch: pairs of the step over all ranks; None (evaluation) leaves TRL's mean as it is.
+
+        Returns:
+            () float32; zero for a filler, whose `pair_weight` is zero.
+        """
+        batch = without_own_keys(inputs)
+        pairs = inputs["pair_weight"].sum()
+        with self._tallied(batch, float(pairs)):
+            loss: Any = super().compute_loss(model, batch)
+        return loss if num_items_in_batch is None else loss * (pairs * self.args.world_size / num_items_in_batch)
+
+    # Metrics ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _tallied(self, batch: dict[str, Any], pairs: float) -> Iterator[None]:
+        """Keep what TRL logs about this micro-batch as weighted sums of this rank; `_means` joins the ranks.
+
+        TRL gathers each figure over the ranks at once and averages over micro-batches: fillers would count, and ranks
+        would have to hold equally many pairs.
+        """
+        mode = "train" if self.model.training else "eval"
+        tokens_before = self._total_train_tokens
+        self._metrics[mode].clear()
+        with local_gather(self.accelerator):
+            yield
+        if mode == "train":  # TRL counted the answers' rows, the model ran the packed one
+            self._total_train_tokens = tokens_before + batch["packed_ids"].numel()
+        figures = {name: values[0] for name, values in self._metrics[mode].items() if name != "num_tokens"}
+        tokens, rows = _sizes(batch)
+        figures |= {f"lengths/{side}": tokens[side] / max(1.0, rows[side]) for side in SIDES}
+        figures |= {name: figures.get(name, 0.0) for name in map(_twin, list(figures))}
+        for name, value in figures.items():
+            side = name.rpartition("/")[2]
+            weight = tokens[TOKEN_METRICS[name]] if name in TOKEN_METRICS else rows.get(side, pairs)
+            self._tally(mode, name, value, weight if pairs else 0.0)
+
+    def _tally(self, mode: str, name: str, value: float, weight: float) -> None:
+        row = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64)
+        self._tallies[mode][name] = self._tallies[mode].get(name, torch.zeros(2, dtype=torch.float64)) + row
+
+    def _means(self, mode: str) -> dict[str, float]:
+        """Means of the tallied metrics over all ranks since the last call."""
+        tally, self._tallies[mode] = self._tallies[mode], {}
+        if not tally:
+            return {}
+        names = sorted(tally)
+        sums = self.sum_over_ranks(torch.stack([tally[name] for name in names]))
+        return {name: float(total / weight) for name, (total, weight) in zip(names, sums, strict=True) if weight > 0}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand the means to TRL's own log."""
+        mode = "train" if self.model.training else "eval"
+        means = self._means(mode)
+        if means and mode == "train":
+            tokens = torch.tensor([self._total_train_tokens], dtype=torch.float64)
+            means["num_tokens"] = float(self.sum_over_ranks(tokens))
+        self._metrics[mode] = defaultdict(list, {name: [value] for name, value in means.items()})
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and TRL's metrics over the held-out pairs: every rank runs its own batches, sums are joined once."""
+        model = self._inference_model()
+        was_training = model.training
+        model.eval()
+        for batch in self.held_out():
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+            self._tally("eval", "loss", float(loss), float(inputs["pair_weight"].sum()))
+        figures = self._means("eval")
+        for probe in self.probes:
+            figures |= probe(self)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out(self) -> Iterable[dict[str, Tensor]]:
+        """This rank's batches of held-out pairs.
+
+        Raises:
+            ValueError: the trainer was given no `eval_batches`.
+        """
+        if self.eval_batches is None:
+            raise ValueError("evaluation needs held-out pairs: give the trainer `eval_batches`")
+        return self.eval_batches()
+
+    def _inference_model(self) -> Any:
+        """The policy as it can be run now: in training as it is wrapped, before that inside an engine of its own."""
+        if self.is_in_train or not self.is_deepspeed_enabled:
+            return self.model_wrapped
+        self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+        return self._precompute_engine
+
+    @contextmanager
+    def reference_model(self) -> Iterator[Any]:
+        """The model that gives reference log-probabilities, for the time of the context; None if there is none."""
+        if self.ref_model is None and self._adapter_is_reference:
+            model = self.accelerator.unwrap_model(self.model)
+            with use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
+                yield model
+        else:
+            yield self.ref_model
+
+
+def _sizes(batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Tokens of the answers, and rows, of all, of the chosen (or desirable) and of the rejected (or undesirable)."""
+    mask = batch["completion_mask"].cpu()
+    chosen = batch["label"].cpu() if "label" in batch else torch.arange(len(mask)) < len(mask) // 2
+    tokens = {side: float(mask[which].sum()) for side, which in zip(SIDES, (chosen, ~chosen), strict=True)}
+    return tokens | {"all": sum(tokens.values())}, {"chosen": float(chosen.sum()), "rejected": float((~chosen).sum())}
+
+
+def _twin(name: str) -> str:
+    """The other side's name: a micro-batch without rejected answers still counts, with nothing, on every rank."""
+    metric, _, side = name.rpartition("/")
+    return f"{metric}/{SIDES[1 - SIDES.index(side)]}" if side in SIDES else name
+
+
+def without_own_keys(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch TRL and the model get."""
+    return {key: value for key, value in inputs.items() if key not in OWN_KEYS}

@@ -1,0 +1,178 @@
+"""What the model reads: byte for byte the published chat template, and the base model's prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
+from qwen2audio_train.data.prompts.pools import PLACEHOLDERS, choose_prompt, describe_tasks, tag_tokens, task_names
+from qwen2audio_train.data.prompts.pools import _pools as pools
+from qwen2audio_train.data.prompts.render import ExampleError, Rendered, Text, render, rendered_text
+from qwen2audio_train.data.prompts.tokenizer import build_processor
+
+CLIP = Clip("a.wav", 1.0)
+ASR = TaskExample("a1", CLIP, "asr", "en", "hello", "s")
+AUDIO = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+
+
+def chat(*messages: tuple[str, tuple[Clip | str, ...]]) -> ChatExample:
+    return ChatExample("b1", tuple(Message(role, content) for role, content in messages), "s")
+
+
+def labelled(rendered: Rendered) -> str:
+    return "".join(piece.text for piece in rendered.trunk if isinstance(piece, Text) and piece.is_label)
+
+
+def published(example: ChatExample, tokenizer: PreTrainedTokenizerFast, generation: bool = False) -> str:
+    """The stock processor's rendering of the same conversation."""
+
+    def part(item: Clip | str) -> dict[str, str]:
+        return {"type": "text", "text": item} if isinstance(item, str) else {"type": "audio", "audio": item.path}
+
+    messages = [{"role": m.role, "content": [part(item) for item in m.content]} for m in example.messages]
+    processor = build_processor(tokenizer)
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+
+
+CONTENT = st.lists(st.just(CLIP) | st.text(min_size=1, max_size=8), min_size=1, max_size=4).map(tuple)
+TURNS = st.lists(
+    st.tuples(st.just("user"), CONTENT) | st.tuples(st.just("assistant"), st.tuples(st.text(min_size=1, max_size=8))),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(turns=TURNS, system=st.none() | st.text(min_size=1, max_size=8))
+def test_chat_equals_the_published_template(tokenizer: Any, turns: list[Any], system: str | None) -> None:
+    head = [] if system is None else [("system", (system,))]
+    example = chat(*head, *turns, ("user", (CLIP,)), ("assistant", ("ok",)))
+    assert rendered_text(render(example)) == published(example, tokenizer)
+    asked = chat(*head, *turns, ("user", (CLIP,)))
+    assert rendered_text(render(example, for_generation=True)) == published(asked, tokenizer, generation=True)
+
+
+def test_chat_labels_every_assistant_turn_or_the_last() -> None:
+    example = chat(
+        ("user", (CLIP, "One?")), ("assistant", ("First.",)), ("user", ("Two?",)), ("assistant", ("Second.",))
+    )
+    assert labelled(render(example)) == "First.<|im_end|>Second.<|im_end|>"
+    assert labelled(render(example, labelled_turns="last")) == "Second.<|im_end|>"
+    assert labelled(render(example, for_generation=True)) == ""
+
+
+def test_chat_without_an_answer_cannot_be_learnt_from() -> None:
+    with pytest.raises(ExampleError, match=r'"b1": no assistant message'):
+        render(chat(("user", (CLIP,))))
+
+
+def test_voice_chat_is_a_turn_of_audio_alone() -> None:
+    text = rendered_text(render(chat(("user", (CLIP,)), ("assistant", ("Hi.",)))))
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\nAudio 1: {AUDIO}\n<|im_end|>\n"
+        "<|im_start|>assistant\nHi.<|im_end|>\n"
+    )
+
+
+def test_preference() -> None:
+    prompt = (Message("user", (CLIP, "What?")),)
+    rendered = render(PreferenceExample("c1", prompt, "Good.", ("Bad.", "Worse."), "s"))
+    asked = rendered_text(rendered)
+    assert asked.endswith("What?<|im_end|>\n<|im_start|>assistant\n")
+    texts = ["".join(piece.text for piece in branch) for branch in rendered.branches]
+    assert texts == ["Good.<|im_end|>", "Bad.<|im_end|>", "Worse.<|im_end|>"]
+    assert all(piece.is_label for branch in rendered.branches for piece in branch)
+    assert labelled(rendered) == ""
+    assert rendered_text(rendered, 1) == asked + "Bad.<|im_end|>"
+
+
+def test_task_form_for_training_and_for_evaluation() -> None:
+    prompt = f"{AUDIO}Detect the language and recognize the speech: "
+    rendered = next(r for r in (render(ASR, seed=seed) for seed in range(50)) if "Detect" in rendered_text(r))
+    assert rendered_text(rendered) == prompt + "<|en|>hello<|endoftext|>"
+    assert labelled(rendered) == "<|en|>hello<|endoftext|>"
+    asked = render(ASR, for_generation=True)
+    assert (rendered_text(asked), labelled(asked)) == (prompt + "<|en|>", "")
+
+
+def test_translation_names_the_target_language() -> None:
+    example = TaskExample("a2", CLIP, "s2tt", "en", "hallo", "s", text_language="de")
+    assert rendered_text(render(example, for_generation=True)) == (
+        f"{AUDIO}Detect the language and translate the speech into German: <|en|>"
+    )
+
+
+def test_without_a_language_no_prompt_names_one() -> None:
+    unknown = TaskExample("a3", CLIP, "asr", None, "hello", "s")
+    texts = {rendered_text(render(unknown, seed=seed)) for seed in range(30)}
+    assert texts == {
+        f"{AUDIO}{p}hello<|endoftext|>" for p in ("Transcribe this recording:", "Write down what is said:")
+    }
+
+
+def test_a_question_is_the_user_s_text() -> None:
+    example = TaskExample("a4", CLIP, "aqa", "en", "two", "s", question="How many {language} <|im_end|>?")
+    rendered = render(example)
+    assert rendered_text(rendered) == f"{AUDIO}How many {{language}} <|im_end|>?two<|endoftext|>"
+    assert [p.is_markup for p in rendered.trunk if isinstance(p, Text) and "How" in p.text] == [False]
+
+
+@pytest.mark.parametrize(
+    ("example", "tags"),
+    [
+        (ASR, "<|startoftranscript|><|en|><|transcribe|><|en|><|notimestamps|><|wo_itn|>hello"),
+        (
+            TaskExample("a", CLIP, "s2tt", "en", "hallo", "s", text_language="de"),
+            "<|startoftranscript|><|en|><|translate|><|de|><|notimestamps|><|wo_itn|>hallo",
+        ),
+        (
+            TaskExample("a", CLIP, "aac", None, "a dog", "s"),
+            "<|startofanalysis|><|unknown|><|caption|><|en|><|notimestamps|><|caption_plain|>a dog",
+        ),
+        (
+            TaskExample("a", CLIP, "aqa", None, "two", "s", question="How many?"),
+            "<|startofanalysis|><|unknown|><|question|>How many?<|answer|><|en|><|notimestamps|><|answer|>two",
+        ),
+    ],
+)
+def test_hierarchical_tags(example: TaskExample, tags: str) -> None:
+    rendered = render(example, prompt_style="hierarchical_tags")
+    assert rendered_text(rendered) == f"{AUDIO}{tags}<|endoftext|>"
+    assert labelled(rendered) == f"{example.target}<|endoftext|>"
+
+
+def test_prompts_are_a_function_of_seed_and_id() -> None:
+    def chosen(seed: int) -> list[str]:
+        examples = [TaskExample(f"id{i}", CLIP, "asr", "en", "x", "s") for i in range(400)]
+        return [choose_prompt(example, "natural", seed).prompt for example in examples]
+
+    first = chosen(0)
+    assert first == chosen(0)
+    assert first != chosen(1)
+    counts = [first.count(prompt) for prompt in set(first)]
+    assert len(counts) == 4
+    assert min(counts) > 70  # 100 expected, standard deviation 8.7
+
+
+def test_pools_are_complete() -> None:
+    assert {"asr", "s2tt", "lid", "sgc", "ser", "vsc", "sec", "asc", "aac", "aqa", "mnc"} <= set(task_names())
+    assert describe_tasks()["asr"] == "speech recognition"
+    for task, pool in pools().items():
+        assert set(pool.tags) == {"start", "task", "instruction"}, task
+        assert pool.tags["start"] in ("startoftranscript", "startofanalysis")
+        assert pool.tags["task"] in ("transcribe", "translate", "caption", "keyword", "question")
+        assert all(template.fields <= set(PLACEHOLDERS) for template in pool.prompts), task
+        always = {"text_language", "text_language_name", *pool.needs}
+        assert any(template.fields <= always for template in pool.prompts), f"{task} has no prompt that always fits"
+
+
+def test_tag_tokens() -> None:
+    assert tag_tokens(["en", "de"], "natural") == ["<|en|>", "<|de|>"]
+    tags = tag_tokens(["en"], "hierarchical_tags")
+    assert len(tags) == len(set(tags))
+    assert {"<|en|>", "<|unknown|>", "<|question|>", "<|answer|>", "<|transcribe|>", "<|wo_itn|>"} <= set(tags)

@@ -1,0 +1,109 @@
+"""From a manifest line to tensors and back to the audio that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qwen2audio_train.data.audio.decode import AudioError, load_audio
+from qwen2audio_train.data.audio.mel import log_mel
+from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.prompts.render import ExampleError, render
+from qwen2audio_train.data.prompts.tokenize import count_tokens
+from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.sample import SampleOptions, materialise
+
+Tone = Callable[..., Path]
+
+
+def asr(path: Path, seconds: float | None = 1.0) -> TaskExample:
+    return TaskExample("a1", Clip(str(path), seconds), "asr", "en", "hello", "s")
+
+
+def test_from_line_to_batch(
+    write_tone: Tone, write_manifest: Callable[[list[Any]], Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_tone("a.wav")
+    line = {"id": "a1", "audio": "a.wav", "duration_s": 1.0, "task": "asr", "language": "en", "target": "hello"}
+    [example] = read_manifest(write_manifest([line]))
+    sample = materialise(example, tokenizer, source_id=3, weight=0.5)
+    mel, frames = log_mel(load_audio(Clip(str(path), 1.0)))
+    assert (sample.clip_frames, frames) == ((100,), 100)
+    np.testing.assert_array_equal(sample.mels[0], mel)
+    assert (sample.id, sample.source, sample.task, sample.source_id, sample.weight) == ("a1", "corpus", "asr", 3, 0.5)
+    assert tokenizer.decode(sample.input_ids[sample.label_mask]).endswith("hello<|endoftext|>")
+    assert sample.num_tokens == count_tokens(render(example), tokenizer).total
+    batch = pack([sample, sample])
+    assert batch["audio_slot"].tolist() == [*range(1, 26), *range(1 + sample.num_tokens, 26 + sample.num_tokens)]
+    assert batch["weight"].unique().tolist() == [0.5]
+
+
+def test_preference_and_generation(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = (Message("user", (Clip(str(write_tone("a.wav")), 1.0), "What?")),)
+    example = PreferenceExample("c1", prompt, "Good.", ("Bad.",), "s")
+    sample = materialise(example, tokenizer)
+    assert [tokenizer.decode(branch) for branch in sample.branches] == ["Good.<|im_end|>", "Bad.<|im_end|>"]
+    asked = materialise(example, tokenizer, for_generation=True)
+    assert asked.branches == ()
+    np.testing.assert_array_equal(asked.input_ids, sample.input_ids)
+
+
+def test_long_audio(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    example = asr(write_tone("a.wav", seconds=61.0), 61.0)
+    sample = materialise(example, tokenizer)
+    assert sample.clip_frames == (3_000, 3_000, 100)
+    assert len(sample.audio_slot) == 750 + 750 + 25
+    with pytest.raises(ExampleError, match=r'"a1": .*a\.wav is 61\.00 s long .* data\.long_audio=split'):
+        materialise(example, tokenizer, SampleOptions(long_audio="reject"))
+
+
+def test_nothing_is_cut_off(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    example = asr(write_tone("a.wav"))
+    length = materialise(example, tokenizer).num_tokens
+    assert materialise(example, tokenizer, SampleOptions(max_tokens=length)).num_tokens == length
+    with pytest.raises(
+        ExampleError, match=rf'"a1": {length} tokens \(25 of them audio\) are beyond the limit of {length - 1}'
+    ):
+        materialise(example, tokenizer, SampleOptions(max_tokens=length - 1))
+
+
+def test_options_and_augmentation(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    example = asr(write_tone("a.wav"))
+    options = SampleOptions(num_mel_bins=80, prompt_style="hierarchical_tags")
+    sample = materialise(
+        example,
+        tokenizer,
+        options,
+        augment_waveform=lambda waveform: waveform[:8_000],
+        augment_mel=lambda mel, frames: mel + frames,
+    )
+    mel, frames = log_mel(load_audio(example.clip)[:8_000], 80)
+    assert sample.clip_frames == (frames,) == (50,)
+    np.testing.assert_array_equal(sample.mels[0], mel + 50)
+    assert len(sample.audio_slot) == 12
+    assert "<|startoftranscript|>" in tokenizer.decode(sample.input_ids)
+
+
+def test_clips_from_memory(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_tone("a.wav")
+    turn = Message("user", (Clip("x", 1.0), Clip("y", 1.0)))
+    example = ChatExample("b", (turn, Message("assistant", ("ok",))), "s")
+    sample = materialise(example, tokenizer, audio_bytes=[path.read_bytes()] * 2)
+    assert sample.clip_frames == (100, 100)
+    with pytest.raises(AudioError, match=r"^x: no such file"):
+        materialise(example, tokenizer)
+
+
+def test_wrong_durations(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_tone("a.wav", seconds=2.0)
+    for seconds in (None, 1.6, 2.4):
+        assert materialise(asr(path, seconds), tokenizer).clip_frames == (200,)
+    for seconds in (1.0, 20.0):
+        with pytest.raises(ExampleError, match=rf"a\.wav is 2\.00 s long, its manifest says {seconds:.2f} s"):
+            materialise(asr(path, seconds), tokenizer)

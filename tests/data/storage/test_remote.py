@@ -1,0 +1,192 @@
+"""A server that fails, stalls and breaks off; a cache of bounded size that several readers share."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from qwen2audio_train.config.data import SourceConfig
+from qwen2audio_train.data.loading.build import build_batches
+from qwen2audio_train.data.storage.blobs import TarMember
+from qwen2audio_train.data.storage.remote import Remote, RemoteError
+from tests.data.corpora import equal, is_filler, small_config, write_corpus
+from tests.data.storage.test_blobs import write_tar
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; `faults[path]` is what the next answers do: a status, "stall", "break" after half of it."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list[int | str]] = {}
+        self.ranges = True
+        self.asked: list[tuple[str, str | None]] = []
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.server.asked.append((self.path, asked))
+        fault = self.server.faults.get(self.path, [])
+        what = fault.pop(0) if fault else None
+        data = self.server.files.get(self.path)
+        if isinstance(what, int) or data is None:
+            self.send_error(what if isinstance(what, int) else 404)
+            return
+        start = int(asked[6:-1]) if asked and self.server.ranges else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if what == "stall":
+            time.sleep(1.5)
+        self.wfile.write(data[start : start + (len(data) - start) // 2] if what == "break" else data[start:])
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def remote(tmp_path: Path, **kwargs: float) -> Remote:
+    quick = {"retries": 3, "timeout_s": 0.5, "backoff_s": 0.01}
+    return Remote(str(tmp_path / "cache"), **(quick | kwargs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "stall", "break"])
+def test_a_passing_fault_is_retried(server: Server, tmp_path: Path, fault: int | str) -> None:
+    server.files["/a"] = bytes(range(256)) * 1000
+    server.faults["/a"] = [fault, fault]
+    assert remote(tmp_path).read(server.url("/a"), 10**6) == server.files["/a"]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path, ranges: bool) -> None:
+    server.files["/a.tar"] = bytes(range(256)) * 1000
+    server.faults["/a.tar"] = ["break", "break"]
+    server.ranges = ranges
+    place = remote(tmp_path).shard(server.url("/a.tar"))
+    assert Path(place).read_bytes() == server.files["/a.tar"]
+    assert [asked for _, asked in server.asked][:2] == [None, "bytes=128000-"]
+
+
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (500, 4), (429, 4)])
+def test_a_lasting_fault_is_told(server: Server, tmp_path: Path, status: int, tries: int) -> None:
+    server.files["/a"] = b"x"
+    server.faults["/a"] = [status] * 9
+    with pytest.raises(RemoteError, match=rf"cannot be fetched.*{status}"):
+        remote(tmp_path).read(server.url("/a"), 10)
+    assert len(server.asked) == tries
+
+
+def test_bounds_and_unknown_protocols(server: Server, tmp_path: Path) -> None:
+    server.files["/a"] = b"x" * 11
+    with pytest.raises(RemoteError, match="limit of 10 bytes"):
+        remote(tmp_path).read(server.url("/a"), 10)
+    with pytest.raises(RemoteError, match=r"cannot be fetched .*nowhere"):
+        remote(tmp_path).read("nowhere://a/b", 10)
+    with pytest.raises(RemoteError, match="cannot be fetched after 4 tries"):
+        remote(tmp_path).read("http://127.0.0.1:1/a", 10)
+
+
+def test_members_of_a_remote_shard_cost_one_transfer(server: Server, tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", {"a": b"one", "b": b"two"})
+    server.files["/x.tar"] = tar.read_bytes()
+    url = server.url("/x.tar")
+    assert remote(tmp_path).read_clip(TarMember("a", 512, 3).placed(url), 10) == b"one"
+    assert remote(tmp_path).read_clip(f"{url}::b", 10) == b"two"
+    assert len(server.asked) == 1
+    assert remote(tmp_path).read_clip(str(tar), 10) is None
+    with pytest.raises(RemoteError, match=r"http://.*/none\.tar: cannot be fetched .*404"):
+        remote(tmp_path).read_clip(f"{server.url('/none.tar')}::b", 10)
+
+
+def test_a_shard_that_cannot_be_had_is_not_waited_for_by_every_example(server: Server, tmp_path: Path) -> None:
+    server.faults["/x.tar"] = [500] * 10
+    for name in "abc":
+        with pytest.raises(RemoteError, match=r"x\.tar: cannot be fetched after 4 tries"):
+            remote(tmp_path, timeout_s=60).read_clip(f"{server.url('/x.tar')}::{name}", 10)
+    assert len(server.asked) == 4
+
+
+def test_the_cache_keeps_what_was_used_last(server: Server, tmp_path: Path) -> None:
+    """Room for three of 1 MiB; the one in use stays, and what went is fetched again."""
+    for name in "abcd":
+        server.files[f"/{name}.tar"] = name.encode() * 2**20
+    small = remote(tmp_path, max_gib=3 / 1024)
+    for name in "abcad":
+        time.sleep(0.02)  # the order of use is that of times
+        assert Path(small.shard(server.url(f"/{name}.tar"))).read_bytes()[:1] == name.encode()
+    kept = {path.name[-5] for path in (tmp_path / "cache" / "shards").glob("*.tar")}
+    assert kept == {"a", "c", "d"}
+    small.shard(server.url("/b.tar"))
+    assert [path for path, _ in server.asked] == ["/a.tar", "/b.tar", "/c.tar", "/d.tar", "/b.tar"]
+
+
+def test_many_readers_fetch_once(server: Server, tmp_path: Path) -> None:
+    server.files["/a.tar"] = b"x" * 10**6
+    wanted = [remote(tmp_path).prefetch(server.url("/a.tar")) for _ in range(8)]
+    assert len({future.result() for future in wanted}) == 1
+    assert len(server.asked) == 1
+
+
+def test_fsspec_protocols(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    with fsspec.open("memory://x/a.bin", "wb") as file:
+        file.write(b"abc")
+    assert remote(tmp_path).read("memory://x/a.bin", 10) == b"abc"
+    with pytest.raises(RemoteError, match="cannot be fetched"):
+        remote(tmp_path).read("memory://x/none", 10)
+
+
+def test_training_from_remote_shards(server: Server, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Shards over http, twice as many as fit into the cache, are trained on as local ones are, and resumed exactly."""
+    write_corpus(tmp_path, "a", [0.2] * 60)
+    urls = []
+    for shard in range(20):
+        members = {}
+        for i in range(3 * shard, 3 * shard + 3):
+            members |= {f"{i}.wav": (tmp_path / "a" / f"{i}.wav").read_bytes(), f"{i}.txt": b"hello"}
+        server.files[f"/{shard}.tar"] = write_tar(tmp_path / f"{shard}.tar", members).read_bytes()
+        urls.append(server.url(f"/{shard}.tar"))
+    size = len(server.files["/0.tar"])
+    source = SourceConfig(urls, constants={"task": "asr", "language": "en"})
+    config = small_config(
+        tmp_path, {"s": source}, cache_max_gib=10.5 * size / 2**30, max_bad_examples=0, window_examples=10
+    )
+    loader = build_batches(config, tokenizer, epochs=1)
+    whole = list(loader)
+    assert sum(len(batch["cu_q"]) - 1 for batch in whole if not is_filler(batch)) == 60
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 10
+    resumed = build_batches(config, tokenizer, epochs=1)
+    assert resumed.batches_per_step == 3
+    first = iter(resumed)
+    for _ in range(6):
+        next(first)
+    again = build_batches(config, tokenizer, epochs=1)
+    again.load_state_dict(resumed.state_dict())
+    assert all(equal(a, b) for a, b in zip(again, whole[6:], strict=True))

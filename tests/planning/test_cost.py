@@ -1,0 +1,239 @@
+"""The model of costs against published figures, against torch's own counter, and against what autograd saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2AudioConfig
+
+from qwen2audio_train.layout import num_encoder_frames
+from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.planning import cost
+from qwen2audio_train.planning.cost import (
+    encoder_flops,
+    forward_flops,
+    head_dim,
+    packed_load,
+    padded_forward_flops,
+    sample_load,
+    throughput,
+    token_flops,
+    traffic_bytes,
+    training_flops,
+)
+from qwen2audio_train.planning.memory import (
+    PRECISIONS,
+    activation_bytes,
+    decoder_layer_bytes,
+    encoder_layer_bytes,
+    step_memory,
+)
+from tests.model.rows import pack, random_row, tiny_config
+
+PARAMETERS_7B = {
+    "audio_tower": 636_968_960,
+    "multi_modal_projector": 5_246_976,
+    "language_model": 6_476_664_832,
+    "embed_tokens": 639_107_072,
+    "lm_head": 639_107_072,
+}
+
+
+@pytest.fixture(scope="module")
+def seven_b() -> Qwen2AudioConfig:
+    text = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 156032,
+    }
+    return Qwen2AudioConfig(audio_config={}, text_config=text)
+
+
+def test_forward_costs_of_the_published_architecture(seven_b: Qwen2AudioConfig) -> None:
+    window = forward_flops(seven_b, packed_load([3000], [1], 1))
+    with_projector = window["audio_tower"] + window["multi_modal_projector"]
+    assert with_projector == pytest.approx(2.28e12, rel=2e-3)
+    assert with_projector / 5 == pytest.approx(456e9, rel=2e-3)
+    assert encoder_flops(seven_b.audio_config, 500) / 5 == pytest.approx(66e9, rel=1e-2)
+    assert token_flops(seven_b.text_config) == pytest.approx(13e9, rel=5e-3)
+    assert forward_flops(seven_b, packed_load([], [1], 1))["lm_head"] == pytest.approx(1.28e9, rel=2e-3)
+
+
+def test_training_cost_and_speed_on_ten_second_clips(
+    seven_b: Qwen2AudioConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cost.PEAK_BF16_FLOPS, "measured H200", 790e12)
+    load = sample_load(10.0, label_tokens=40, prompt_tokens=30)
+    full = sum(training_flops(seven_b, load).values())
+    lora = sum(training_flops(seven_b, load, trained=(), adapted=["language_model"]).values())
+    assert full / 10 == pytest.approx(1.47e12, rel=5e-3)
+    assert lora / 10 == pytest.approx(0.93e12, rel=2e-2)
+    speed = throughput(load, full, gpu="measured H200", utilisation=0.5, gpu_hour_price=4.0)
+    assert speed.audio_hours_per_hour == pytest.approx(269, rel=5e-3)
+    assert speed.tokens_per_s == pytest.approx(8600, rel=5e-3)
+    assert speed.price_per_audio_hour == pytest.approx(4.0 / 269, rel=5e-3)
+    eight = throughput(load, full, gpu="measured H200", utilisation=0.5, gpus=8, gpu_hour_price=4.0)
+    assert eight.audio_hours_per_hour == pytest.approx(8 * speed.audio_hours_per_hour)
+    assert eight.price_per_audio_hour == pytest.approx(speed.price_per_audio_hour)
+
+
+@pytest.mark.parametrize(("clip_s", "labels", "ratio"), [(3.0, 12, 2.3), (30.0, 120, 1.07)])
+def test_padded_path_over_ours(seven_b: Qwen2AudioConfig, clip_s: float, labels: int, ratio: float) -> None:
+    load = sample_load(clip_s, label_tokens=labels, prompt_tokens=30)
+    padded, packed = padded_forward_flops(seven_b, load), forward_flops(seven_b, load)
+    assert sum(padded.values()) / sum(packed.values()) == pytest.approx(ratio, rel=2e-2)
+
+
+def test_passes_of_frozen_adapted_and_checkpointed_parts() -> None:
+    config, load = tiny_config(), packed_load([100], [40], 5)
+    forward = forward_flops(config, load)
+
+    def passes(**options: Any) -> list[float]:
+        return [n / forward[part] for part, n in training_flops(config, load, **options).items()]
+
+    assert passes() == [3, 3, 3, 3]
+    assert passes(trained=["multi_modal_projector"]) == [1, 3, 2, 2]
+    assert passes(trained=["language_model"], checkpointed=["audio_tower", "language_model"]) == [1, 1, 4, 2]
+    assert passes(trained=[], adapted=["audio_tower"]) == [2, 2, 2, 2]
+    assert passes(trained=["embed_tokens"]) == [1, 1, 2, 2]
+    assert passes(trained=["lm_head"]) == [1, 1, 1, 3]
+
+
+def test_traffic(seven_b: Qwen2AudioConfig) -> None:
+    parameters = sum(PARAMETERS_7B.values())
+    assert traffic_bytes(parameters, 3, 1) == pytest.approx(50e9, rel=1e-2)
+    assert traffic_bytes(parameters, 1, 4) == pytest.approx(34e9, rel=2e-2)
+    assert traffic_bytes(parameters, 2, 4) == 5 * 2 * parameters
+
+
+def test_activations_per_token_of_the_published_architecture(seven_b: Qwen2AudioConfig) -> None:
+    text = seven_b.text_config
+    assert text.num_hidden_layers * decoder_layer_bytes(text) == pytest.approx(5.7e6, rel=5e-2)
+    assert text.num_hidden_layers * 2 * text.hidden_size == pytest.approx(0.26e6, rel=1e-2)
+
+
+def test_memory_of_lora_on_one_h200(seven_b: Qwen2AudioConfig) -> None:
+    """16 to 20 thousand packed tokens fit without checkpointing."""
+    load = sample_load(10.0, label_tokens=40, prompt_tokens=30)
+
+    def total(copies: int) -> float:
+        frames = [load.clip_frames[0]] * copies
+        packed = packed_load(frames, [load.tokens] * copies, load.labels * copies)
+        options: dict[str, Any] = {"adapter_parameters": 40_000_000, "adapted": ["language_model"]}
+        return step_memory(seven_b, packed, PARAMETERS_7B, trained=(), **options).total
+
+    assert total(16_000 // load.tokens) < cost.MEMORY_BYTES["H200"] < total(24_000 // load.tokens)
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)])
+def test_states_shrink_with_the_stage(seven_b: Qwen2AudioConfig, stage: int, gigabytes: float) -> None:
+    memory = step_memory(
+        seven_b, packed_load([], [1], 0), PARAMETERS_7B, trained=list(PARAMETERS_7B), stage=stage, ranks=8
+    )
+    states = memory.weights + memory.gradients + memory.optimizer
+    assert states == pytest.approx(gigabytes * sum(PARAMETERS_7B.values()), rel=1e-9)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    """Exact for the linear layers and convolutions; attention is held against its pairs."""
+    config = tiny_config(text__num_key_value_heads=4)
+    model = PackedQwen2Audio(config)
+    rows = [random_row(torch.Generator().manual_seed(i), f) for i, f in enumerate([(101,), (), (7, 32)])]
+    batch = pack(rows)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**batch)
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    attention = sum(n for op, n in counts.items() if "attention" in op)
+    load = packed_load(batch["clip_frames"].tolist(), batch["cu_q"].diff().tolist(), len(batch["target"]))
+    ours = sum(forward_flops(config, load).values())
+    d, layers = config.audio_config.d_model, config.audio_config.encoder_layers
+    encoder_pairs = 4 * d * layers * sum(num_encoder_frames(f) ** 2 for f in load.clip_frames)
+    decoder_pairs = forward_flops(config, load)["language_model"] - load.tokens * token_flops(config.text_config)
+    # torch counts the convolutions over the gaps between clips too, and a causal kernel as if it were dense
+    columns = batch["mel"].size(1) - sum(load.clip_frames)
+    gaps = 2 * 3 * d * (config.audio_config.num_mel_bins * columns)
+    steps = batch["mel"].size(1) // 2 - sum(num_encoder_frames(f) for f in load.clip_frames)
+    gaps += 2 * 3 * d * d * steps
+    extra = sum(counts.values()) - attention - (ours - encoder_pairs - decoder_pairs + gaps)
+    # older releases of transformers compute the rotary angles as a matrix product
+    assert extra in (0, load.tokens * head_dim(config.text_config))
+
+
+def saved_bytes(model: PackedQwen2Audio, batch: dict[str, torch.Tensor], autocast: bool = False) -> int:
+    """Bytes of the storages that autograd saves in forward, weights and inputs left out, their casts included."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    known |= {b.untyped_storage().data_ptr() for b in model.buffers()} | {
+        t.untyped_storage().data_ptr() for t in batch.values()
+    }
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        out = model(**batch)
+    size = sum(len(storage) for storage in kept.values())
+    assert out.nll_sum is not None
+    return size
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("checkpointed", [(), ("audio_tower", "language_model")])
+def test_activations_are_those_that_autograd_saves(checkpointed: tuple[str, ...], precision: str) -> None:
+    """Per layer, as the difference of two depths, so that what lies outside of the layers drops out."""
+    rng = torch.Generator().manual_seed(0)
+    # one clip in one segment: on CPU every further one makes attention keep its output twice
+    batch = pack([random_row(rng, (1200,))])
+    frames = sum(num_encoder_frames(f) for f in batch["clip_frames"].tolist())
+    sizes = {}
+    for audio_layers, text_layers in ((1, 1), (3, 1), (1, 3)):
+        changes = {"audio__encoder_layers": audio_layers, "text__num_hidden_layers": text_layers}
+        config = tiny_config(**changes, audio__d_model=64, text__hidden_size=128, text__intermediate_size=256)
+        model = PackedQwen2Audio(config).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        sizes[audio_layers, text_layers] = saved_bytes(model, batch, precision == "autocast")
+        if precision == "autocast" and not checkpointed:
+            matrices = [p for part in (model.model.audio_tower, model.model.language_model) for p in matrices_of(part)]
+            sizes[audio_layers, text_layers] -= 2 * sum(matrix.numel() for matrix in matrices)
+    encoder = (sizes[3, 1] - sizes[1, 1]) / 2 / frames
+    decoder = (sizes[1, 3] - sizes[1, 1]) / 2 / batch["input_ids"].numel()
+    if checkpointed:
+        stream = PRECISIONS[precision].stream
+        assert encoder == pytest.approx(stream * 64, rel=0.02)
+        assert decoder == pytest.approx(stream * 128, rel=0.02)
+    else:
+        assert encoder == pytest.approx(encoder_layer_bytes(config.audio_config, precision), rel=0.05)
+        assert decoder == pytest.approx(decoder_layer_bytes(config.text_config, precision), rel=0.05)
+
+
+def matrices_of(part: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights of the linear layers."""
+    return [module.weight for module in part.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def test_a_frozen_tower_keeps_nothing() -> None:
+    config, load = tiny_config(), packed_load([1000], [300], 5)
+    trained = activation_bytes(config, load, flows=["audio_tower", "language_model"], checkpointed=())
+    frozen = activation_bytes(config, load, flows=["language_model"], checkpointed=())
+    assert trained - frozen > 500 * 2 * encoder_layer_bytes(config.audio_config)
+
+
+def test_unknown_gpu_and_impossible_share_are_refused() -> None:
+    load = packed_load([100], [40], 5)
+    with pytest.raises(ValueError, match="gpu V100 is unknown"):
+        throughput(load, 1e12, gpu="V100", utilisation=0.4)
+    with pytest.raises(ValueError, match="utilisation is 40"):
+        throughput(load, 1e12, gpu="H100", utilisation=40)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
+from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExample
+from qwen2audio_train.data.prompts.render import render, rendered_text
+from qwen2audio_train.evaluation.decoding.generate import Decoding, stop_ids
+from qwen2audio_train.export import check_export, export
+from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
+from qwen2audio_train.model.packed import PackedQwen2Audio
+from tests.evaluation.tiny import MEL_BINS, noise, tiny_model, tiny_tokenizer
+
+DECODING = Decoding(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """A clip in the task form, a voice chat, two clips, several turns, and text alone."""
+    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(5)
+    clips = []
+    for i in range(3):
+        soundfile.write(folder / f"{i}.wav", noise(rng, 0.5 + 0.6 * i), 16_000)
+        clips.append(Clip(str(folder / f"{i}.wav"), None))
+    turns = (Message("user", (clips[2], "Who?")), Message("assistant", ("the cat",)))
+    return [
+        *(TaskExample(f"task{i}", clip, "asr", "en", "", "noise") for i, clip in enumerate(clips)),
+        ChatExample("voice", (Message("user", (clips[0],)),), "noise"),
+        ChatExample("two", (Message("user", (clips[0], clips[1], "What is said in both?")),), "noise"),
+        ChatExample("turns", (*turns, Message("user", (clips[1], "And here?"))), "noise"),
+        ChatExample("text", (Message("user", ("What is the cat on?",)),), "noise"),
+    ]
+
+
+def adapted(seed: int = 0):
+    """A model with an adapter that changes its answers."""
+    cfg = AdapterConfig(kind=AdapterKind.lora, r=4, modules=["language_model", "audio_tower", "multi_modal_projector"])
+    model = apply_adapter(tiny_model(seed), cfg)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    return model.eval()
+
+
+def test_plain_transformers_decodes_the_same_texts(examples, tmp_path):
+    model = tiny_model()
+    export(model, tiny_tokenizer(), tmp_path)
+    assert check_export(tmp_path, model, tiny_tokenizer(), examples, decoding=DECODING) == []
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2AudioForConditionalGeneration"]
+    stock = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path)
+    assert stock.generation_config.eos_token_id == stop_ids(tiny_tokenizer())
+    assert not stock.generation_config.do_sample
+
+
+def test_a_merged_adapter_decodes_the_same_texts(examples, tmp_path):
+    model = adapted()
+    merged = merge_adapter(adapted())
+    export(merged, tiny_tokenizer(), tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    assert check_export(tmp_path, model, tiny_tokenizer(), examples, decoding=DECODING) == []
+    assert check_export(tmp_path, tiny_model(), tiny_tokenizer(), examples, decoding=DECODING) != []
+
+
+def test_an_adapter_alone_decodes_the_same_texts_on_its_base(examples, tmp_path):
+    base = str(export(tiny_model(), tiny_tokenizer(), tmp_path / "base"))
+    model = adapted()
+    export(model, tiny_tokenizer(), tmp_path / "adapter", base=base)
+    assert not list((tmp_path / "adapter").glob("model*"))
+    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert found["base_model_name_or_path"] == base
+    assert check_export(tmp_path / "adapter", model, tiny_tokenizer(), examples, base=base, decoding=DECODING) == []
+    again = load_adapter(PackedQwen2Audio.from_pretrained(base), str(tmp_path / "adapter"), trainable=False)
+    assert check_export(tmp_path / "adapter", again, tiny_tokenizer(), examples, base=base, decoding=DECODING) == []
+
+
+def test_an_adapter_needs_its_base(tmp_path):
+    with pytest.raises(ValueError, match="hub id or folder"):
+        export(adapted(), tiny_tokenizer(), tmp_path)
+
+
+def test_the_processor_writes_the_prompts_that_we_write(examples, tmp_path):
+    export(tiny_model(), tiny_tokenizer(), tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert processor.feature_extractor.feature_size == MEL_BINS
+    conversation = [
+        {"role": "user", "content": [{"type": "audio", "audio_url": "a"}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "the cat"}]},
+        {"role": "user", "content": [{"type": "audio", "audio_url": "b"}, {"type": "text", "text": "And here?"}]},
+    ]
+    written = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    turns = next(example for example in examples if example.id == "turns")
+    assert written == rendered_text(render(turns, for_generation=True))

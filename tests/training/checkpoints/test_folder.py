@@ -1,0 +1,249 @@
+"""Checkpoint folders: what they hold, and what becomes of damage, interrupted saves and full disks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints.folder import CheckpointError, complete_checkpoints, resume_point, verify
+from qwen2audio_train.training.stages import run as stage
+from tests.runs import build_trainer, logged, recipe, train
+
+SAVING = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.max_steps=2"]
+LORA = ["adapter.kind=lora", "adapter.r=2"]
+
+MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+STATE = {
+    "config.yaml",
+    "data_state.json",
+    "lineage.json",
+    "optimizer/optimizer.pt",
+    "rng/rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+}
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints 1 and 2."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    train(recipe(noise, run_dir, *SAVING))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_holds_everything(finished: Path) -> None:
+    folder = finished / "checkpoint-2"
+    expected = {f"model/{name}" for name in MODEL | PROCESSOR} | STATE
+    assert files_of(folder) == expected | {folders.MANIFEST}
+    manifest = json.loads((folder / folders.MANIFEST).read_text())
+    assert manifest.keys() == expected
+    for name, entry in manifest.items():
+        content = (folder / name).read_bytes()
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_its_lineage_says_where_it_comes_from(noise: Path, finished: Path, tmp_path: Path) -> None:
+    lineage = json.loads((finished / "checkpoint-2" / "lineage.json").read_text())
+    config = (finished / "checkpoint-2" / "config.yaml").read_text()
+    assert config == (finished / "config.yaml").read_text()
+    assert lineage["config_sha256"] == hashlib.sha256(config.encode()).hexdigest()
+    assert (lineage["stage"], lineage["init_from"], lineage["base"]) == ("pretrain", None, None)
+    assert lineage["versions"]["torch"] == torch.__version__
+    train(recipe(noise, tmp_path, *SAVING, f"init_from={finished}"))
+    child = json.loads((tmp_path / "checkpoint-2" / "lineage.json").read_text())
+    weights = (finished / "checkpoint-2" / "model" / "model.safetensors").read_bytes()
+    assert child["init_from"] == str(finished)
+    assert child["base"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+
+
+def test_a_lora_checkpoint_leaves_the_base_out(noise: Path, finished: Path, tmp_path: Path) -> None:
+    train(recipe(noise, tmp_path, *SAVING, *LORA, f"init_from={finished}"))
+    folder = tmp_path / "checkpoint-2"
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert files_of(folder) == {f"adapter/{name}" for name in adapter | PROCESSOR} | STATE | {folders.MANIFEST}
+    assert all("lora_" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
+    assert json.loads((folder / "lineage.json").read_text())["base"].keys() == {"model.safetensors"}
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("model/model.safetensors", truncate, r"model/model\.safetensors: \d+ bytes, MANIFEST\.json says \d+; choose"),
+    ("optimizer/optimizer.pt", Path.unlink, r"optimizer/optimizer\.pt: listed in MANIFEST\.json but missing; choose"),
+    ("MANIFEST.json", Path.unlink, r"checkpoint-2: no MANIFEST\.json, so the checkpoint was not finished; choose"),
+    ("MANIFEST.json", truncate, r"MANIFEST\.json: damaged, it is no list of files; choose"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), DAMAGE)
+def test_an_incomplete_checkpoint_is_passed_over(
+    name: str, damage: Callable[[Path], Any], says: str, run_dir: Path
+) -> None:
+    damage(run_dir / "checkpoint-2" / name)
+    assert resume_point("auto", run_dir) == run_dir / "checkpoint-1"
+    with pytest.raises(CheckpointError, match=says):
+        resume_point(str(run_dir / "checkpoint-2"), run_dir)
+
+
+def test_a_changed_byte_is_refused_by_name(run_dir: Path) -> None:
+    """It is not passed over in silence: a disk that changes bytes may have changed the earlier ones too."""
+    flip(run_dir / "checkpoint-2" / "optimizer" / "optimizer.pt")
+    for resume in ("auto", str(run_dir / "checkpoint-2")):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2/optimizer/optimizer\.pt: differs from MANIFEST\.json"):
+            resume_point(resume, run_dir)
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "checkpoint-9.partial").mkdir()
+    (run_dir / "checkpoint-best").mkdir()
+    (run_dir / "checkpoint-7").write_text("a file")
+    assert [path.name for path in complete_checkpoints(run_dir)] == ["checkpoint-1", "checkpoint-2"]
+    assert resume_point("auto", tmp_path / "none") is None
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resume_point(str(run_dir / "checkpoint-7"), run_dir)
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        folder = tmp_path / f"checkpoint-{step}.partial"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        folders.seal(folder, tmp_path / f"checkpoint-{step}")
+        verify(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11.partial").mkdir()
+    folders.rotate(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+
+
+# Interrupted saves and full disks -------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("point", ["_save_training_state", "_save_run_files", "seal", "rotate"])
+def test_a_save_that_is_cut_short_leaves_the_one_before(
+    point: str, noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(noise, tmp_path, *SAVING)
+    trainer = build_trainer(config)
+    home = trainer if point.startswith("_") else folders
+    whole = getattr(home, point)
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(home, point, cut)
+    with pytest.raises(Killed):
+        stage.fit(trainer, config)
+    monkeypatch.undo()
+    newest = 2 if point == "rotate" else 1
+    assert resume_point("auto", tmp_path) == tmp_path / f"checkpoint-{newest}"
+    train(config)
+    assert [step for (step,) in logged(config, "step")] == [1, 2]
+    verify(tmp_path / "checkpoint-2")
+    assert not list(tmp_path.glob("*.partial")) or point == "rotate"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes fails, as on a full disk, whoever writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "room",
+    [150_000, 300_000],
+    ids=["weights", "optimizer"],
+)
+def test_a_full_disk_is_said_and_the_one_before_kept(room: int, noise: Path, tmp_path: Path) -> None:
+    """The weights take 260 kB, the state of the optimiser 520 kB; the message says what, why and what is left."""
+    config = recipe(noise, tmp_path, *SAVING)
+    trainer = build_trainer(config)
+    save = trainer._save_checkpoint
+
+    def short_of_room(*args: Any) -> None:
+        if trainer.state.global_step < 2:
+            return save(*args)
+        with largest_file(room):
+            return save(*args)
+
+    trainer._save_checkpoint = short_of_room  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError) as info:
+        stage.fit(trainer, config)
+    words = str(info.value)
+    assert words.startswith(f"{tmp_path}/checkpoint-2: could not be written (")
+    assert "GiB are free" in words
+    assert words.endswith(f"{tmp_path}/checkpoint-1 is complete and will be resumed from")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-1"]
+    train(config)
+    verify(tmp_path / "checkpoint-2")
+
+
+# Run folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_cannot_be_made(noise: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir=.*/file/run: cannot be written to \(Not a directory\)"):
+        build_trainer(recipe(noise, tmp_path / "file" / "run"))
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_share_a_run_folder(noise: Path, tmp_path: Path) -> None:
+    config = recipe(noise, tmp_path / "run")
+    stage.open_run(config)
+    code = "import sys; from tests.runs import *; stage.open_run(recipe(Path(sys.argv[1]), Path(sys.argv[2])))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(noise), str(tmp_path / "run")],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "another process is training there; choose another" in done.stderr
