@@ -47,7 +47,7 @@ from qwen2audio_train.evaluation.scoring.bootstrap import paired_difference
 from qwen2audio_train.evaluation.scoring.items import item_of
 from qwen2audio_train.layout import SAMPLING_RATE
 from qwen2audio_train.pairs.rules import NO_SPEECH
-from qwen2audio_train.training.stages.run import load_for_inference
+from qwen2audio_train.training.stages.policy import load_for_inference
 
 ROOT = Path(__file__).resolve().parent.parent
 

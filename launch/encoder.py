@@ -6,9 +6,10 @@ from compose import launch
 
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.planning.dry_run import print_plan
-from qwen2audio_train.training.stages import run as stage
 from qwen2audio_train.training.stages.arguments import training_arguments
-from qwen2audio_train.training.trainers.encoder import build_recogniser, byte_tokenizer, encoder_trainer
+from qwen2audio_train.training.stages.batches import training_batches
+from qwen2audio_train.training.stages.encoder import build_recogniser, byte_tokenizer, encoder_trainer
+from qwen2audio_train.training.stages.run import fit, make_selfmade, open_run
 
 
 def main(config: StageConfig) -> None:
@@ -16,13 +17,13 @@ def main(config: StageConfig) -> None:
         print_plan(config)
         return
     arguments = training_arguments(config)
-    stage.open_run(config)
-    stage.make_selfmade(config.data)
+    open_run(config)
+    make_selfmade(config.data)
     tokenizer = byte_tokenizer(config)
     model = build_recogniser(config, tokenizer)
-    batches = stage.training_batches(config, tokenizer)
+    batches = training_batches(config, tokenizer)
     trainer = encoder_trainer(config, arguments, model, tokenizer, batches)
-    stage.fit(trainer, config)
+    fit(trainer, config)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.reporting.stage_record import save_stage
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, score_pairs
-from qwen2audio_train.training.stages.run import load_for_inference, process
+from qwen2audio_train.training.stages.policy import load_for_inference
+from qwen2audio_train.training.stages.process import process
 
 
 def main(config: EvaluateConfig) -> None:

@@ -7,7 +7,7 @@ from compose import check_file, fail, launch
 from qwen2audio_train.config.schema import ConfigError, ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.export import check_export, export
-from qwen2audio_train.training.stages.run import load_for_inference
+from qwen2audio_train.training.stages.policy import load_for_inference
 
 
 def main(config: ExportConfig) -> None:

@@ -31,7 +31,8 @@ from qwen2audio_train.pairs.make import (
     read_questions,
 )
 from qwen2audio_train.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
-from qwen2audio_train.training.stages.run import load_for_inference, process
+from qwen2audio_train.training.stages.policy import load_for_inference
+from qwen2audio_train.training.stages.process import process
 
 
 def run_sample(options: SamplingOptions) -> None:

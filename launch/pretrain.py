@@ -6,9 +6,12 @@ from compose import launch
 
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.planning.dry_run import print_plan
-from qwen2audio_train.training.stages import run as stage
 from qwen2audio_train.training.stages.arguments import training_arguments
-from qwen2audio_train.training.trainers.language_model import language_modelling_trainer
+from qwen2audio_train.training.stages.batches import training_batches
+from qwen2audio_train.training.stages.language_model import language_modelling_trainer
+from qwen2audio_train.training.stages.policy import build_policy
+from qwen2audio_train.training.stages.run import fit, make_selfmade, open_run
+from qwen2audio_train.training.stages.tokenizer import build_tokenizer
 
 
 def main(config: StageConfig) -> None:
@@ -16,13 +19,13 @@ def main(config: StageConfig) -> None:
         print_plan(config)
         return
     arguments = training_arguments(config)
-    stage.open_run(config)
-    stage.make_selfmade(config.data)
-    tokenizer = stage.build_tokenizer(config)
-    model = stage.build_policy(config, tokenizer)
-    batches = stage.training_batches(config, tokenizer)
+    open_run(config)
+    make_selfmade(config.data)
+    tokenizer = build_tokenizer(config)
+    model = build_policy(config, tokenizer)
+    batches = training_batches(config, tokenizer)
     trainer = language_modelling_trainer(config, arguments, model, tokenizer, batches)
-    stage.fit(trainer, config)
+    fit(trainer, config)
 
 
 if __name__ == "__main__":

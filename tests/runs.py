@@ -10,12 +10,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qwen2audio_train.config.schema import StageConfig, load_config
-from qwen2audio_train.training.stages import run as stage
 from qwen2audio_train.training.stages.arguments import training_arguments
+from qwen2audio_train.training.stages.batches import training_batches
+from qwen2audio_train.training.stages.encoder import build_recogniser, byte_tokenizer, encoder_trainer
+from qwen2audio_train.training.stages.language_model import language_modelling_trainer
+from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.preference import preference_trainer
-from qwen2audio_train.training.trainers.encoder import build_recogniser, byte_tokenizer, encoder_trainer
-from qwen2audio_train.training.trainers.language_model import language_modelling_trainer
-from qwen2audio_train.training.trainers.packed import PackedSeams
+from qwen2audio_train.training.stages.run import fit, open_run
+from qwen2audio_train.training.stages.tokenizer import build_tokenizer
+from qwen2audio_train.training.trainers.packed import PackedTrainer
 
 ARCHITECTURE = {
     "audio_config": {
@@ -74,25 +77,25 @@ def encoder_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
     return recipe(corpus, run_dir, "stage=encoder", *overrides, sources=["speech"])
 
 
-def build_trainer(config: StageConfig) -> PackedSeams:
+def build_trainer(config: StageConfig) -> PackedTrainer:
     """The trainer of a recipe, built as the launch scripts build it."""
     arguments = training_arguments(config)
-    stage.open_run(config)
+    open_run(config)
     if config.stage == "encoder":
         bytes_only = byte_tokenizer(config)
         recogniser = build_recogniser(config, bytes_only)
-        return encoder_trainer(config, arguments, recogniser, bytes_only, stage.training_batches(config, bytes_only))
-    tokenizer = stage.build_tokenizer(config)
-    model = stage.build_policy(config, tokenizer)
-    batches = stage.training_batches(config, tokenizer)
+        return encoder_trainer(config, arguments, recogniser, bytes_only, training_batches(config, bytes_only))
+    tokenizer = build_tokenizer(config)
+    model = build_policy(config, tokenizer)
+    batches = training_batches(config, tokenizer)
     make = preference_trainer if config.stage == "dpo" else language_modelling_trainer
     return make(config, arguments, model, tokenizer, batches)
 
 
-def train(config: StageConfig) -> PackedSeams:
+def train(config: StageConfig) -> PackedTrainer:
     """Run a recipe to its end, or from its checkpoint to its end."""
     trainer = build_trainer(config)
-    stage.fit(trainer, config)
+    fit(trainer, config)
     return trainer
 
 

@@ -24,8 +24,8 @@ from qwen2audio_train.model.packed import PackedQwen2Audio
 from qwen2audio_train.planning.dry_run import Plan, gib
 from qwen2audio_train.planning.forecast import PlanOptions, Typical, typical_sample
 from qwen2audio_train.planning.peak_memory import PeakMemory
-from qwen2audio_train.training.stages import run as stage
 from qwen2audio_train.training.stages.arguments import forwards_per_step
+from qwen2audio_train.training.stages.policy import compile_blocks
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
 
 MOST_SAMPLES = 2**14
@@ -131,7 +131,7 @@ def stepper(plan: Plan, typical: Typical, forwards: int) -> tuple[Callable[[int]
         model, config.model.activation_checkpointing, config.model.activation_checkpointing_policy
     )
     if config.model.compile:
-        stage.compile_blocks(model)
+        compile_blocks(model)
     model.train()
     optimizer = build_optimizer(arguments, model, config.optimizer)
 

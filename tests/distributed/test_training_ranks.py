@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import Qwen2AudioForConditionalGeneration
 
 from qwen2audio_train.data.loading.build import build_batches
-from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.policy import build_policy
+from qwen2audio_train.training.stages.run import open_run
+from qwen2audio_train.training.stages.tokenizer import build_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.train_worker import Job, as_json, run
 from tests.runs import recipe
@@ -113,7 +115,7 @@ def furthest(a: list[tuple[float, ...]], b: list[tuple[float, ...]]) -> float:
 def test_ranks_hold_audio_and_text_apart(noise: Path, tmp_path: Path) -> None:
     """The plan of these runs has what they are about: a rank without audio beside one that has some."""
     config = recipe(noise, tmp_path, *STEPS, sources=["speech", "sound", "text"])
-    tokenizer = stage.build_tokenizer(config)
+    tokenizer = build_tokenizer(config)
     loaders = [build_batches(config.data, tokenizer, rank=r, world_size=2, num_mel_bins=16) for r in range(2)]
     forwards = zip(*(islice(loader, 2 * 20) for loader in loaders), strict=True)
     kinds = {tuple(bool(len(batch["clip_frames"])) for batch in ranks) for ranks in forwards}
@@ -149,8 +151,8 @@ def test_preferences_train_as_one(number: str, one: Path, two: Path) -> None:
 def test_text_alone_leaves_the_tower_as_it_was(number: str, noise: Path, two: Path, tmp_path: Path) -> None:
     """Steps without any audio: encoder and projector keep their weights to the bit, the language model learns."""
     config = recipe(noise, tmp_path, *TEXT, sources=["text"])
-    stage.open_run(config)
-    before = dict(stage.build_policy(config, stage.build_tokenizer(config)).state_dict())
+    open_run(config)
+    before = dict(build_policy(config, build_tokenizer(config)).state_dict())
     after = weights(two / f"text-{number}", step=2)
     for name, value in after.items():
         if name.startswith(("audio_tower.", "multi_modal_projector.")):

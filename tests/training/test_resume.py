@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.data.order.state import DataStateError
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
-from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.run import fit
 from tests.launch.scripts import LAUNCH, ROOT
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train
 
@@ -45,7 +45,7 @@ def interrupted(config: StageConfig, step: int) -> None:
     trainer = build_trainer(config)
     trainer.add_callback(Interrupt(step))
     with pytest.raises(KeyboardInterrupt):
-        stage.fit(trainer, config)
+        fit(trainer, config)
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

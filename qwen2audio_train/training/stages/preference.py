@@ -24,12 +24,15 @@ from qwen2audio_train.data.samples.sample import SampleOptions
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.training.reference.cache import ReferenceCache, reference_id
 from qwen2audio_train.training.reference.reference import reference_digest
-from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.batches import held_out
+from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.probes import HeldOutGuard, decoded_probe, drift_probe, listening_probe
+from qwen2audio_train.training.stages.process import process
+from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
 from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
 from qwen2audio_train.training.trainers.kto import AudioKTOTrainer
-from qwen2audio_train.training.trainers.preference import PreferenceSeams, Probe
+from qwen2audio_train.training.trainers.preference import PreferenceTrainer, Probe
 
 PROBE_NEW_TOKENS = 128
 """Longest answer that a probe decodes."""
@@ -41,7 +44,7 @@ def preference_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     batches: Loader,
-) -> PreferenceSeams:
+) -> PreferenceTrainer:
     """The trainer of the recipe's objective.
 
     A frozen reference is a copy of the policy as it starts; a cached one is the policy itself, asked about every pair
@@ -51,7 +54,7 @@ def preference_trainer(
         ConfigError: the recipe wants stored log-probabilities, and audio that changes or KTO, which has none; or KTO
             with one prompt per forward.
     """
-    held_out = stage.held_out(config, tokenizer)
+    eval_maker = held_out(config, tokenizer)
     reference = config.preference.reference
     if reference is Reference.auto:
         reference = Reference.adapter if is_peft_model(model) else Reference.frozen
@@ -68,23 +71,23 @@ def preference_trainer(
         "probes": probes(config, tokenizer),
         "processing_class": tokenizer,
         "loader": batches,
-        "eval_batches": held_out,
-        "files": stage.run_files(config, tokenizer),
+        "eval_batches": eval_maker,
+        "files": run_files(config, tokenizer),
         "rates": config.optimizer,
-        "callbacks": [*callbacks(config, stage.settings(config)), *guards(config.preference)],
+        "callbacks": [*callbacks(config, settings(config)), *guards(config.preference)],
     }
     if config.preference.objective is Objective.kto:
         return AudioKTOTrainer(model, **options)
     trainer = AudioDPOTrainer(model, cache=cache, **options)
     if cache is not None:
-        fill_cache(trainer, cache, [every_training_pair(config, tokenizer, model), held_out])
+        fill_cache(trainer, cache, [every_training_pair(config, tokenizer, model), eval_maker])
     return trainer
 
 
 def frozen_copy(config: StageConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The policy once more; what ZeRO-3 has cut up cannot be copied, and is built again from where it came."""
     cut_up = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    copied = stage.build_policy(config, tokenizer) if cut_up else copy.deepcopy(model)
+    copied = build_policy(config, tokenizer) if cut_up else copy.deepcopy(model)
     return copied.eval().requires_grad_(False)
 
 
@@ -98,7 +101,7 @@ def open_cache(config: StageConfig, arguments: Any, model: Any) -> ReferenceCach
     digest = reference_digest(model)
     dtype = torch.bfloat16 if arguments.bf16 else model.dtype
     folder = Path(config.preference.cache_dir) / digest[:16]
-    return ReferenceCache(folder, reference_id(digest, dtype, arguments.ld_alpha), stage.process().process_index)
+    return ReferenceCache(folder, reference_id(digest, dtype, arguments.ld_alpha), process().process_index)
 
 
 def every_training_pair(
@@ -117,7 +120,7 @@ def every_training_pair(
         )
     if streaming:
         return None
-    state = stage.process()
+    state = process()
     data = dataclasses.replace(config.data, eval_sources=config.data.sources)
     return lambda: eval_batches(
         data,

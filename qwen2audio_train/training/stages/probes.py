@@ -24,7 +24,7 @@ from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate
 from qwen2audio_train.evaluation.scoring.likelihood import score_labels, score_pairs
-from qwen2audio_train.training.trainers.preference import PreferenceSeams, Probe
+from qwen2audio_train.training.trainers.preference import PreferenceTrainer, Probe
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +43,7 @@ def listening_probe(
     like keeps it. Without a reference at hand the margins are of log-probabilities.
     """
 
-    def probe(trainer: PreferenceSeams) -> dict[str, float]:
+    def probe(trainer: PreferenceTrainer) -> dict[str, float]:
         def margins(model: Any) -> np.ndarray:
             scores = [
                 score_pairs(
@@ -85,7 +85,7 @@ def drift_probe(
     """
     decoding = replace(decoding, temperature=1.0, top_p=1.0, num_return_sequences=2)
 
-    def probe(trainer: PreferenceSeams) -> dict[str, float]:
+    def probe(trainer: PreferenceTrainer) -> dict[str, float]:
         asked = LazySamples(prompts, tokenizer, options, for_generation=True)
         texts = sample_texts(trainer.model, tokenizer, asked, decoding, asked.lengths)
         drawn = [text for answers in texts for text in answers or ()]
@@ -117,7 +117,7 @@ def decoded_probe(
 ) -> Probe:
     """Scores of greedy answers to held-out examples (task or chat form), as evaluation has them."""
 
-    def probe(trainer: PreferenceSeams) -> dict[str, float]:
+    def probe(trainer: PreferenceTrainer) -> dict[str, float]:
         found = evaluate(trainer.model, tokenizer, examples, options, decoding=decoding, bootstrap_samples=0)
         return {f"decoded/{row.score.metric}/{row.source}": row.score.value for row in found.rows if not row.kind}
 

@@ -19,10 +19,10 @@ from trl import DPOTrainer
 from qwen2audio_train.config.schema import ConfigError, Reference
 from qwen2audio_train.training.reference.cache import ReferenceCache, ReferenceCacheError
 from qwen2audio_train.training.reference.reference import check_stored, resolve_reference
-from qwen2audio_train.training.trainers.preference import PreferenceSeams, without_own_keys
+from qwen2audio_train.training.trainers.preference import PreferenceTrainer, without_own_keys
 
 
-class AudioDPOTrainer(PreferenceSeams, DPOTrainer):
+class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
     """DPO on packed pairs, with every loss, divergence and metric of TRL.
 
     Args:
@@ -32,7 +32,7 @@ class AudioDPOTrainer(PreferenceSeams, DPOTrainer):
             alone; `auto`: `adapter` for a PEFT model without `ref_model`, else `frozen`.
         ref_model: the frozen copy.
         cache: store of reference log-probabilities; where a live reference is at hand it is filled as pairs come by.
-        args, probes, and the rest: see `PreferenceSeams`.
+        args, probes, and the rest: see `PreferenceTrainer`.
 
     Raises:
         ValueError: model, `reference`, `ref_model` and `cache` do not go together.
@@ -54,7 +54,7 @@ class AudioDPOTrainer(PreferenceSeams, DPOTrainer):
         self.precompute_ref_logps = cache is not None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As `PreferenceSeams.compute_loss`, with the reference from the store where there is one.
+        """As `PreferenceTrainer.compute_loss`, with the reference from the store where there is one.
 
         Raises:
             ConfigError: there are unpaired answers in the batch.

@@ -9,36 +9,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer
 
-from qwen2audio_train.config.schema import StageConfig
-from qwen2audio_train.data.loading.build import Loader
-from qwen2audio_train.data.prompts.pools import tag_tokens
-from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
-from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.checkpoints import folder as folders
-from qwen2audio_train.training.stages import run as stage
-from qwen2audio_train.training.trainers.callbacks import callbacks
-from qwen2audio_train.training.trainers.packed import PackedSeams, StepCounts, load_saved_state
+from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts, load_saved_state
 
 HEAD_FILE = "recogniser_head.safetensors"
 
 
-def byte_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
-    """A tokenizer without merges: every byte of a transcript is a token."""
-    languages = stage.languages_of(stage.training_examples(config.data))
-    return train_tokenizer([], 2**16, tag_tokens(languages, config.data.prompt_style.value))
-
-
-def build_recogniser(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Recogniser:
-    """The random model of the recipe under a head for `tokenizer`."""
-    model = build_model(config.model, tokenizer=tokenizer)
-    return Recogniser(model, len(tokenizer), sorted(tokenizer.get_added_vocab().values()))
-
-
-class EncoderTrainer(PackedSeams, Trainer):
+class EncoderTrainer(PackedTrainer, Trainer):
     """The loss of a step is its sum over all transcripts, divided by their tokens over all ranks and micro-batches."""
 
     def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
@@ -86,22 +67,3 @@ class EncoderTrainer(PackedSeams, Trainer):
     def _restore_weights(self, folder: Path) -> None:
         load_saved_state(unwrap(self._recogniser()), load_file(folder / folders.MODEL_FOLDER / "model.safetensors"))
         self._recogniser().lm_head.load_state_dict(load_file(folder / HEAD_FILE))
-
-
-def encoder_trainer(
-    config: StageConfig,
-    arguments: TrainingArguments,
-    model: Recogniser,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Loader,
-) -> EncoderTrainer:
-    """The trainer of stage zero."""
-    held_out = stage.held_out(config, tokenizer)
-    return EncoderTrainer(
-        model=model,
-        args=arguments,
-        loader=batches,
-        eval_batches=held_out,
-        files=stage.run_files(config, tokenizer),
-        callbacks=callbacks(config, stage.settings(config)),
-    )

@@ -17,16 +17,16 @@ from trl import KTOTrainer
 
 from qwen2audio_train.config.schema import Reference
 from qwen2audio_train.training.reference.reference import resolve_reference
-from qwen2audio_train.training.trainers.preference import PreferenceSeams
+from qwen2audio_train.training.trainers.preference import PreferenceTrainer
 
 Batch = dict[str, Tensor]
 
 
-class AudioKTOTrainer(PreferenceSeams, KTOTrainer):
+class AudioKTOTrainer(PreferenceTrainer, KTOTrainer):
     """KTO on packed answers. The KL term is estimated from each forward by itself; with one prompt alone it is zero.
 
     Args:
-        model, reference, ref_model, and the rest: see `PreferenceSeams`; a stored reference is not supported.
+        model, reference, ref_model, and the rest: see `PreferenceTrainer`; a stored reference is not supported.
 
     Raises:
         ConfigError: model, `reference` and `ref_model` do not go together.
@@ -44,7 +44,7 @@ class AudioKTOTrainer(PreferenceSeams, KTOTrainer):
         super().__init__(model, reference=reference, ref_model=ref_model, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[list, Any]:
-        """As `PackedSeams.get_batch_samples`; the weight of a step is its number of answers."""
+        """As `PackedTrainer.get_batch_samples`; the weight of a step is its number of answers."""
         return super().get_batch_samples(map(self._unpaired, epoch_iterator), num_batches, device)
 
     def held_out(self) -> Iterable[Batch]:

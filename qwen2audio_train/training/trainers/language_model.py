@@ -7,37 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer
 
-from qwen2audio_train.config.schema import StageConfig
-from qwen2audio_train.data.loading.build import Loader
-from qwen2audio_train.training.stages import run as stage
-from qwen2audio_train.training.trainers.callbacks import callbacks
-from qwen2audio_train.training.trainers.packed import PackedSeams
+from qwen2audio_train.training.trainers.packed import PackedTrainer
 
 
-def language_modelling_trainer(
-    config: StageConfig,
-    arguments: TrainingArguments,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Loader,
-) -> AudioTrainer:
-    """The trainer of pre-training and of supervised fine-tuning."""
-    held_out = stage.held_out(config, tokenizer)
-    return AudioTrainer(
-        model=model,
-        args=arguments,
-        loader=batches,
-        eval_batches=held_out,
-        files=stage.run_files(config, tokenizer),
-        sources=list(batches.source_names),
-        rates=config.optimizer,
-        callbacks=callbacks(config, stage.settings(config)),
-    )
-
-
-class AudioTrainer(PackedSeams, Trainer):
+class AudioTrainer(PackedTrainer, Trainer):
     """Token-normalised loss over the whole optimiser step, with loss and accuracy per source from the same pass."""
 
     def __init__(self, *args: Any, sources: list[str], **kwargs: Any) -> None:

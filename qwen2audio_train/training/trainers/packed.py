@@ -1,6 +1,6 @@
 """What the two trainers share: batches that know their rank, a step counted over all ranks, sealed checkpoints.
 
-`PackedSeams` goes before `transformers.Trainer` (or a subclass of it) in the bases. It overrides Trainer where its
+`PackedTrainer` goes before `transformers.Trainer` (or a subclass of it) in the bases. It overrides Trainer where its
 assumptions do not hold for packed batches: the loader is not re-sharded, the normaliser of the loss is the sum over the
 whole optimiser step, and a checkpoint is the folder of `checkpoint.py`.
 """
@@ -87,7 +87,7 @@ class Diverged(RuntimeError):
     """Training went beyond what numbers can hold."""
 
 
-class PackedSeams(Trainer):
+class PackedTrainer(Trainer):
     """Mixin; see the module's docstring."""
 
     model: Any

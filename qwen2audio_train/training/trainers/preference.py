@@ -1,6 +1,6 @@
 """What the trainers of preferences share: TRL's loss code on packed pairs, a mean over the whole step, its metrics.
 
-`PreferenceSeams` goes before a trainer of TRL that scores rows of prompt and answer (`DPOTrainer`, `KTOTrainer`). What
+`PreferenceTrainer` goes before a trainer of TRL that scores rows of prompt and answer (`DPOTrainer`, `KTOTrainer`). What
 it adds is what TRL cannot know: batches that know their rank, a mean over all pairs of the optimiser step instead of
 one per micro-batch, metrics to match, probes at evaluation, and a reference that takes no more memory than it must.
 """
@@ -27,9 +27,9 @@ from qwen2audio_train.training.reference.reference import (
     local_gather,
     trained_outside_adapter,
 )
-from qwen2audio_train.training.trainers.packed import PackedSeams, StepCounts
+from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
 
-Probe = Callable[["PreferenceSeams"], dict[str, float]]
+Probe = Callable[["PreferenceTrainer"], dict[str, float]]
 """Figures of the trainer's policy as it is now; every rank calls it at every evaluation."""
 
 OWN_KEYS = frozenset({"pair_weight", "pair_key"})
@@ -46,7 +46,7 @@ TOKEN_METRICS = {
 """Metrics of TRL that are means over the tokens of these answers; the others are means over pairs."""
 
 
-class PreferenceSeams(PackedSeams):
+class PreferenceTrainer(PackedTrainer):
     """Mixin; see the module's docstring.
 
     Args:
@@ -55,7 +55,7 @@ class PreferenceSeams(PackedSeams):
         ref_model: the frozen copy.
         probes: what evaluation measures besides the held-out pairs, see `guards`.
         args, processing_class, callbacks, optimizers: as for TRL's trainer (a tokenizer, not a processor).
-        loader, files, eval_batches: see `PackedSeams`.
+        loader, files, eval_batches: see `PackedTrainer`.
     """
 
     model: Any

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.folder import CheckpointError, complete_checkpoints, resume_point, verify
-from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.run import fit, open_run
 from tests.runs import build_trainer, logged, recipe, train
 
 SAVING = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.max_steps=2"]
@@ -175,7 +175,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(
 
     monkeypatch.setattr(home, point, cut)
     with pytest.raises(Killed):
-        stage.fit(trainer, config)
+        fit(trainer, config)
     monkeypatch.undo()
     newest = 2 if point == "rotate" else 1
     assert resume_point("auto", tmp_path) == tmp_path / f"checkpoint-{newest}"
@@ -215,7 +215,7 @@ def test_a_full_disk_is_said_and_the_one_before_kept(room: int, noise: Path, tmp
 
     trainer._save_checkpoint = short_of_room  # type: ignore[method-assign]
     with pytest.raises(CheckpointError) as info:
-        stage.fit(trainer, config)
+        fit(trainer, config)
     words = str(info.value)
     assert words.startswith(f"{tmp_path}/checkpoint-2: could not be written (")
     assert "GiB are free" in words
@@ -237,8 +237,8 @@ def test_a_run_folder_that_cannot_be_made(noise: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_do_not_share_a_run_folder(noise: Path, tmp_path: Path) -> None:
     config = recipe(noise, tmp_path / "run")
-    stage.open_run(config)
-    code = "import sys; from tests.runs import *; stage.open_run(recipe(Path(sys.argv[1]), Path(sys.argv[2])))"
+    open_run(config)
+    code = "import sys; from tests.runs import *; open_run(recipe(Path(sys.argv[1]), Path(sys.argv[2])))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(noise), str(tmp_path / "run")],
         cwd=Path(__file__).parents[3],

@@ -24,10 +24,13 @@ from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring.likelihood import score_labels
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.training.stages import probes as guards
-from qwen2audio_train.training.stages import run as stage
 from qwen2audio_train.training.stages.arguments import training_arguments
+from qwen2audio_train.training.stages.batches import training_batches
+from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.preference import every_training_pair, preference_trainer
 from qwen2audio_train.training.stages.probes import HeldOutGuard, decoded_probe, drift_probe, listening_probe
+from qwen2audio_train.training.stages.run import open_run
+from qwen2audio_train.training.stages.tokenizer import build_tokenizer
 from tests.evaluation.tiny import ARCHITECTURE, MEL_BINS, OPTIONS, noise, tiny_model, tiny_tokenizer
 from tests.training.pairs import batches_of, config, our_trainer, random_pair
 
@@ -180,12 +183,10 @@ def recipe(folder: Path, pairs: Sequence[Example], **changes: Any) -> StageConfi
 
 
 def trainer_from(config: StageConfig) -> Any:
-    stage.open_run(config)
-    tokenizer = stage.build_tokenizer(config)
-    model = stage.build_policy(config, tokenizer)
-    return preference_trainer(
-        config, training_arguments(config), model, tokenizer, stage.training_batches(config, tokenizer)
-    )
+    open_run(config)
+    tokenizer = build_tokenizer(config)
+    model = build_policy(config, tokenizer)
+    return preference_trainer(config, training_arguments(config), model, tokenizer, training_batches(config, tokenizer))
 
 
 def test_stored_reference_from_a_recipe_trains_as_the_frozen_one(

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.model import build
 from qwen2audio_train.training.checkpoints.folder import weights_folder
-from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.run import fit
 from tests.runs import build_trainer, logged, recipe, train
 
 SHORT = ["trainer.max_steps=2"]
@@ -148,7 +148,7 @@ def test_an_adapter_touches_what_it_names_and_nothing_else(
     config = recipe(noise, tmp_path, *SHORT, *LORA, chosen, f"init_from={base}")
     trainer = build_trainer(config)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    stage.fit(trainer, config)
+    fit(trainer, config)
     after = trainer.model.state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed
@@ -178,7 +178,7 @@ def test_modules_to_save_are_trained_in_full(noise: Path, base: Path, tmp_path: 
     overrides = ["adapter.modules_to_save=[multi_modal_projector]", f"init_from={base}"]
     config = recipe(noise, tmp_path, *SHORT, *LORA, *overrides)
     trainer = build_trainer(config)
-    stage.fit(trainer, config)
+    fit(trainer, config)
     saved = load_file(tmp_path / "checkpoint-2" / "adapter" / "adapter_model.safetensors")
     whole = {name for name in saved if "lora_" not in name}
     assert len(whole) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen2audio_train.data.examples import PreferenceExample
-from qwen2audio_train.training.stages import run as stage
+from qwen2audio_train.training.stages.run import fit
 from tests.training.stages.test_probes import pairs, recipe, trainer_from
 
 __all__ = ["pairs"]  # a fixture
@@ -27,7 +27,7 @@ def run(folder: Path, pairs: list[PreferenceExample], steps: int, **options: Any
     changes = {"trainer__lr_scheduler_type": "constant", "trainer__save_strategy": "steps", "trainer__save_steps": 2}
     config = recipe(folder, pairs, trainer__max_steps=steps, trainer__optim="adamw_torch", **changes, **options)
     trainer = trainer_from(config)
-    stage.fit(trainer, config)
+    fit(trainer, config)
     return trainer
 
 

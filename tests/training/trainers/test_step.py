@@ -18,14 +18,16 @@ from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import SampleOptions, materialise
-from qwen2audio_train.training.stages import run as stage
-from qwen2audio_train.training.trainers.packed import Diverged, PackedSeams
+from qwen2audio_train.training.stages.policy import build_policy
+from qwen2audio_train.training.stages.run import open_run
+from qwen2audio_train.training.stages.tokenizer import build_tokenizer
+from qwen2audio_train.training.trainers.packed import Diverged, PackedTrainer
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe
 
 TOLERANCE = 1e-5
 
 
-def run(config: StageConfig) -> PackedSeams:
+def run(config: StageConfig) -> PackedTrainer:
     """Train without the checkpoint at the end."""
     trainer = build_trainer(config)
     trainer.train()
@@ -60,9 +62,9 @@ def whole_epoch(noise: Path, run_dir: Path, *overrides: str) -> StageConfig:
 
 def alone(noise: Path, config: StageConfig) -> tuple[torch.nn.Module, dict[str, list[Tensor]]]:
     """The model of a run before its first step, and the losses of the labels of every sample, taken one by one."""
-    stage.open_run(config)
-    tokenizer = stage.build_tokenizer(config)
-    model = stage.build_policy(config, tokenizer)
+    open_run(config)
+    tokenizer = build_tokenizer(config)
+    model = build_policy(config, tokenizer)
     options = SampleOptions(num_mel_bins=config.model.num_mel_bins)
     losses: dict[str, list[Tensor]] = {}
     for source in config.data.sources:

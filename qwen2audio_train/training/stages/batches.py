@@ -1,0 +1,66 @@
+"""The batches of a stage on this rank, checked against what the stage learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qwen2audio_train.config.schema import (
+    ConfigError,
+    Stage,
+    StageConfig,
+)
+from qwen2audio_train.data.examples import PREFERENCE_TASKS
+from qwen2audio_train.data.loading.build import Loader, build_batches, eval_batches
+from qwen2audio_train.data.loading.indexed import PackLoader
+from qwen2audio_train.training.stages.process import process
+
+
+def training_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Loader:
+    """This rank's training batches.
+
+    Raises:
+        ConfigError: the sources hold examples of another stage.
+    """
+    state = process()
+    loader = build_batches(
+        config.data,
+        tokenizer,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        num_mel_bins=config.model.num_mel_bins,
+        bad_examples_path=Path(config.run_dir) / f"bad_examples.rank{state.process_index}.jsonl",
+    )
+    indexes = loader.planner.indexes if isinstance(loader, PackLoader) else ()
+    for name, index in zip(loader.source_names, indexes, strict=False):
+        if (not PREFERENCE_TASKS.isdisjoint(index.task_counts)) != (config.stage is Stage.dpo):
+            found = ", ".join(sorted(index.task_counts))
+            expected = "preferences" if config.stage is Stage.dpo else "task or chat examples"
+            raise ConfigError(f"data.sources.{name}: holds {found}, the stage {config.stage} learns from {expected}")
+    return loader
+
+
+def held_out(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[], Loader] | None:
+    """A maker of this rank's held-out batches, tried once, so that what is wrong with them shows before training."""
+    if not config.data.eval_sources:
+        return None
+    try:
+        held_out_batches(config, tokenizer)
+    except (FileNotFoundError, ConfigError) as error:
+        raise ConfigError(str(error).replace("data.sources", "data.eval_sources")) from error
+    return partial(held_out_batches, config, tokenizer)
+
+
+def held_out_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Loader:
+    """This rank's held-out batches, anew at each call."""
+    state = process()
+    return eval_batches(
+        config.data,
+        tokenizer,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        num_mel_bins=config.model.num_mel_bins,
+    )

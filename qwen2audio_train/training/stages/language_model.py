@@ -1,0 +1,35 @@
+"""The trainer of pre-training and of supervised fine-tuning, from a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.data.loading.build import Loader
+from qwen2audio_train.training.stages.batches import held_out
+from qwen2audio_train.training.stages.run import run_files, settings
+from qwen2audio_train.training.trainers.callbacks import callbacks
+from qwen2audio_train.training.trainers.language_model import AudioTrainer
+
+
+def language_modelling_trainer(
+    config: StageConfig,
+    arguments: TrainingArguments,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Loader,
+) -> AudioTrainer:
+    """The trainer of pre-training and of supervised fine-tuning."""
+    eval_maker = held_out(config, tokenizer)
+    return AudioTrainer(
+        model=model,
+        args=arguments,
+        loader=batches,
+        eval_batches=eval_maker,
+        files=run_files(config, tokenizer),
+        sources=list(batches.source_names),
+        rates=config.optimizer,
+        callbacks=callbacks(config, settings(config)),
+    )

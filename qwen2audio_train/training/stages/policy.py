@@ -1,0 +1,126 @@
+"""The model of a stage: built or loaded, frozen in part, with its adapter; and a checkpoint's model for inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as zero
+
+from qwen2audio_train.config.schema import (
+    AdapterKind,
+    ConfigError,
+    Dtype,
+    ModelConfig,
+    ModelKind,
+    StageConfig,
+)
+from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
+from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
+from qwen2audio_train.model.build import build_model
+from qwen2audio_train.model.encoder_cache import encoder_cache_of
+from qwen2audio_train.model.freeze import set_trainable
+from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
+from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.stages.process import process, warnings_only
+
+
+def base_of(weights: str) -> str:
+    """Folder or hub id of the full model: the weights themselves, or what an adapter was trained on."""
+    adapter_config = Path(weights) / "adapter_config.json"
+    if not adapter_config.is_file():
+        return weights
+    base = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{adapter_config}: names no base model (base_model_name_or_path)")
+    return folders.weights_folder(str(base))
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """Hide ZeRO-3 from transformers, which would cut a new model up while its random weights are drawn: they would not
+    be those of other runs, and whoever looks at shapes would find none."""
+    hidden = zero._hf_deepspeed_config_weak_ref
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = hidden
+
+
+def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model of a stage with its frozen parts, adapter and activation checkpointing: build -> freeze -> adapter.
+
+    Weights that lie in an adapter are merged into their base, unless this stage trains an adapter too and goes on
+    with that one.
+    """
+    start = folders.weights_folder(config.init_from) if config.init_from else None
+    base = base_of(start) if start else None
+    random_weights = base is None and config.model.kind is not ModelKind.released
+    with kept_whole() if random_weights else nullcontext():
+        quantize = config.adapter.kind is AdapterKind.qlora
+        model = build_model(_resolved(config.model), base, tokenizer=tokenizer, quantize=quantize)
+    set_trainable(model, config.model.freeze)
+    adapted: Any
+    if start is not None and base != start:
+        trains_adapter = config.adapter.kind is not AdapterKind.none
+        if trains_adapter:
+            check_same_adapter(config.adapter, start)
+        adapted = load_adapter(model, start, trainable=trains_adapter)
+        if not trains_adapter:
+            adapted = merge_adapter(adapted)
+            set_trainable(adapted, config.model.freeze)
+    else:
+        adapted = apply_adapter(model, config.adapter, autocast_adapter_dtype=config.deepspeed.stage != 3)
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ConfigError("model.freeze: every part is frozen and there is no adapter, so there is nothing to train")
+    set_activation_checkpointing(
+        adapted, config.model.activation_checkpointing, config.model.activation_checkpointing_policy
+    )
+    inner = unwrap(adapted).model
+    inner.encoder_cache = encoder_cache_of(config, inner.audio_tower, process().num_processes)
+    if config.model.compile:
+        compile_blocks(adapted)
+    return adapted
+
+
+def load_for_inference(
+    checkpoint: str, *, num_threads: int = 0, dtype: Dtype = Dtype.float32, merge: bool = True
+) -> tuple[Any, PreTrainedTokenizerBase, str | None]:
+    """Model and tokenizer of a checkpoint on this rank's device, and the base that an unmerged adapter lies on.
+
+    Raises:
+        ConfigError: the checkpoint is not there.
+    """
+    warnings_only()
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    folder = folders.weights_folder(checkpoint)
+    base = base_of(folder)
+    model: Any = PackedQwen2Audio.from_pretrained(base, dtype=getattr(torch, dtype.value))
+    if base != folder:
+        model = load_adapter(model, folder, trainable=False)
+        if merge:
+            model = merge_adapter(model)
+    unmerged = base if base != folder and not merge else None
+    return model.to(process().device).eval(), AutoTokenizer.from_pretrained(folder), unmerged
+
+
+def _resolved(model: ModelConfig) -> ModelConfig:
+    """With the folder of weights that a run folder in `audio_encoder` stands for."""
+    if model.kind is not ModelKind.tiny or model.audio_encoder is None:
+        return model
+    return replace(model, audio_encoder=folders.weights_folder(model.audio_encoder))
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile every encoder and decoder layer in place; equal layers share their code."""
+    for module in model.modules():
+        if type(module).__name__ in ("Qwen2AudioEncoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"):
+            module.compile(dynamic=True)

@@ -1,0 +1,73 @@
+"""The tokenizer of a stage: that of its weights, that of its parts, or one fitted on its text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qwen2audio_train.config.schema import (
+    ConfigError,
+    DataConfig,
+    ModelKind,
+    StageConfig,
+)
+from qwen2audio_train.data.examples import Example, TaskExample
+from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.prompts.pools import tag_tokens
+from qwen2audio_train.data.prompts.render import Text, render
+from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
+from qwen2audio_train.data.samples.maker import remote_of
+from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.stages.policy import base_of
+
+SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
+
+
+def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the weights that the stage starts from, or of the parts that its model is made of.
+
+    A tiny model's is fitted on the training text of the stage.
+    """
+    if config.init_from is not None:
+        return load_tokenizer("init_from", base_of(folders.weights_folder(config.init_from)))
+    if config.model.kind is ModelKind.released:
+        return load_tokenizer("model.path", config.model.path)
+    if config.model.kind is ModelKind.assembled:
+        return as_qwen2_audio(load_tokenizer("model.language_model", config.model.language_model))
+    examples = list(training_examples(config.data))
+    tags = tag_tokens(languages_of(examples), config.data.prompt_style.value)
+    return train_tokenizer(texts_of(examples, config.data), config.model.vocab_size, tags)
+
+
+def load_tokenizer(key: str, path: str | None) -> Any:
+    """The tokenizer of a folder or hub id that the recipe's `key` names. Raises ConfigError when there is none."""
+    if path is None:
+        raise ConfigError(f"{key}: no value was given; set {key}=... to a folder or hub id")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}={path}: no tokenizer could be loaded from there ({reason})") from error
+
+
+def languages_of(examples: Iterable[Example]) -> list[str]:
+    """Languages that are heard in task examples; each has a tag among the tokens."""
+    return sorted({e.language for e in examples if isinstance(e, TaskExample) and e.language})
+
+
+def training_examples(data: DataConfig) -> Iterator[Example]:
+    """The good lines of the training manifests; bad ones are the loader's to count."""
+    for name, source in data.sources.items():
+        yield from good_examples(find_manifests(name, source, remote_of(data), data.num_workers))
+
+
+def texts_of(examples: Iterable[Example], data: DataConfig) -> Iterator[str]:
+    """What is written and asked in the examples, without the special tokens."""
+    for example in examples:
+        rendered = render(example, prompt_style=data.prompt_style.value, seed=data.prompt_seed)
+        for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
+            if isinstance(piece, Text):
+                yield from filter(None, SPECIAL_TOKEN.split(piece.text))
