@@ -1,0 +1,1 @@
+"""Checkpoint folders: whole or absent, verified before anything is loaded from them."""
