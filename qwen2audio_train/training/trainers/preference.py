@@ -1,8 +1,8 @@
 """What the trainers of preferences share: TRL's loss code on packed pairs, a mean over the whole step, its metrics.
 
 `PreferenceTrainer` goes before a trainer of TRL that scores rows of prompt and answer (`DPOTrainer`, `KTOTrainer`).
-What it adds is what TRL cannot know: batches that know their rank, a mean over all pairs of the optimiser step instead of
-one per micro-batch, metrics to match, probes at evaluation, and a reference that takes no more memory than it must.
+What it adds is what TRL cannot know: batches that know their rank, a mean over all pairs of the optimiser step instead
+of one per micro-batch, metrics to match, probes at evaluation, and a reference that takes no more memory than it must.
 """
 
 from __future__ import annotations
