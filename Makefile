@@ -8,7 +8,6 @@ STAMP  := $(VENV)/installed
 ASKED  := $(or $(shell cat $(STAMP) 2>/dev/null),torch==2.13.0)
 TORCH  ?= $(ASKED)
 
-export HYDRA_FULL_ERROR ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-fast lint format typecheck check clean

@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Schema, StageConfig, load_config, nearest
-from qwen2audio_train.data.audio.decode import AudioError
-from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.order.state import DataStateError
-from qwen2audio_train.data.prompts.render import ExampleError
-from qwen2audio_train.data.quarantine import TooManyBadExamples
-from qwen2audio_train.data.storage.blobs import BlobError
-from qwen2audio_train.training.chain import StageFailed
-from qwen2audio_train.training.checkpoints.folder import CheckpointError
-from qwen2audio_train.training.reference.cache import ReferenceCacheError
-from qwen2audio_train.training.trainers.packed import Diverged
-
-USER_ERRORS = (
-    AudioError,
-    BlobError,
-    CheckpointError,
-    ConfigError,
-    DataStateError,
-    Diverged,
-    ExampleError,
-    ManifestError,
-    OSError,
-    ReferenceCacheError,
-    StageFailed,
-    TooManyBadExamples,
-)
-"""What a user can mend: printed without a traceback."""
+from qwen2audio_train.errors import UserError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -57,26 +35,47 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 def launch(main: Callable[[Schema], None], root: str, schema: type[Schema]) -> None:
     """Compose `recipes/<root>.yaml` with the command line's overrides, check it against `schema` and call `main`.
 
-    One of `USER_ERRORS` is printed without a traceback.
+    What a user can mend is printed without a traceback; see `door`.
     """
-    try:
-        sys.argv[1:] = [as_argument(argument, before, schema) for before, argument in pairwise(sys.argv)]
-    except ConfigError as error:
-        fail(error)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra cuts tracebacks short and prints errors in its own way
 
     @hydra.main(version_base=None, config_path=str(RECIPES), config_name=root)
     def composed(raw: DictConfig) -> None:
-        try:
+        with door():  # Hydra would say of an error that goes through it which overrides it saw
             config = load_config(raw, schema)
             if isinstance(config, StageConfig) and config.stage != root:
                 raise ConfigError(f"stage={config.stage}: this script runs {root}; start launch/{config.stage}.py")
             main(config)
-        except USER_ERRORS as error:
-            fail(error)
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
 
-    composed()
+    with door():
+        sys.argv[1:] = [as_argument(argument, before, schema) for before, argument in pairwise(sys.argv)]
+        composed()
+
+
+@contextmanager
+def door() -> Iterator[None]:
+    """End the process with a message and no traceback where the user can mend what stopped it.
+
+    The exit status is 2, which tells a launcher that trying again is no use, and 130 after Ctrl-C. Files of keys that
+    Hydra, OmegaConf or YAML cannot read are the user's; any other error goes on, with its traceback.
+    """
+    try:
+        yield
+    except (UserError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def given(arguments: Sequence[str]) -> Any:
+    """YAML files and key=value pairs in one config. Raises ConfigError for anything else."""
+    files = [argument for argument in arguments if "=" not in argument]
+    for argument in files:
+        if not argument.endswith((".yaml", ".yml")):
+            raise ConfigError(f"{argument}: expected key=value, or a YAML file that holds keys")
+    pairs = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
+    return OmegaConf.merge(*[OmegaConf.load(file) for file in files], pairs)
 
 
 def as_argument(argument: str, before: str, schema: type[Schema]) -> str:
@@ -126,9 +125,3 @@ def check_file(key: str, path: str) -> None:
     """Raises ConfigError when the file that `key` names is not there; better now than after the model is loaded."""
     if not Path(path).is_file():
         raise ConfigError(f"{key}: no file {path!r} (looked in {Path.cwd()})")
-
-
-def fail(error: Exception) -> NoReturn:
-    """End with the message alone; exit status 2 tells a launcher that trying again is no use."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)

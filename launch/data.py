@@ -21,12 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from compose import door, given
 
 from qwen2audio_train.config.schema import ConfigError, load_config, nearest
-from qwen2audio_train.data.audio.decode import AudioError
-from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.prompts.render import ExampleError
 from qwen2audio_train.data.tools.chat import ChatOptions, write_chats
 from qwen2audio_train.data.tools.check import CheckOptions, check, summary
 from qwen2audio_train.data.tools.convert import ConvertOptions, convert
@@ -41,9 +38,6 @@ from qwen2audio_train.data.tools.stats import (
     stats_of,
     stats_table,
 )
-
-USER_ERRORS = (AudioError, ConfigError, ExampleError, FileNotFoundError, ManifestError)
-"""What a user can mend: printed without a traceback."""
 
 
 def run_convert(options: ConvertOptions) -> int:
@@ -130,27 +124,15 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     command, *rest = arguments
-    try:
+    with door():
         if command not in COMMANDS:
             raise ConfigError(f"{command}: no such command; {nearest(command, list(COMMANDS))}")
         schema, run = COMMANDS[command]
-        return run(load_config(given(rest), schema))
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; convert, check, index and shard go on from here the next time", file=sys.stderr)
-        return 130
-
-
-def given(arguments: Sequence[str]) -> Any:
-    """YAML files and key=value pairs in one config. Raises ConfigError for anything else."""
-    files = [argument for argument in arguments if "=" not in argument]
-    for argument in files:
-        if not argument.endswith((".yaml", ".yml")):
-            raise ConfigError(f"{argument}: expected key=value, or a YAML file that holds keys")
-    pairs = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
-    return OmegaConf.merge(*[OmegaConf.load(file) for file in files], pairs)
+        try:
+            return run(load_config(given(rest), schema))
+        except KeyboardInterrupt:
+            print("interrupted; convert, check, index and shard go on from here the next time", file=sys.stderr)
+            raise
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from compose import check_file, fail, launch
+from compose import check_file, launch
 
-from qwen2audio_train.config.schema import ConfigError, ExportConfig
+from qwen2audio_train.config.schema import ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.export import check_export, export
 from qwen2audio_train.training.stages.policy import load_for_inference
 
@@ -25,9 +26,7 @@ def main(config: ExportConfig) -> None:
     for name, ours, stock in different:
         print(f"{name}: {ours!r} by our path, {stock!r} by the stock classes")
     if different and config.dtype == "float32":
-        fail(
-            ConfigError(f"{len(different)} of {len(examples)} texts differ in float32, where they have to be the same")
-        )
+        raise UserError(f"{len(different)} of {len(examples)} texts differ in float32, where they have to be the same")
     print(f"{len(examples) - len(different)} of {len(examples)} texts are the same by the stock classes")
 
 

@@ -16,11 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from compose import USER_ERRORS, fail
-from data import given
+from compose import door, given
 
 from qwen2audio_train.config.schema import ConfigError, load_config, nearest
-from qwen2audio_train.pairs.candidates import CandidatesError
 from qwen2audio_train.pairs.make import (
     RuleOptions,
     SamplingOptions,
@@ -30,7 +28,7 @@ from qwen2audio_train.pairs.make import (
     pairs_of_answers,
     read_questions,
 )
-from qwen2audio_train.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
+from qwen2audio_train.pairs.score import judge_provenance, judge_scorer, scorer
 from qwen2audio_train.training.stages.policy import load_for_inference
 from qwen2audio_train.training.stages.process import process
 
@@ -72,13 +70,11 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     command, *rest = arguments
-    try:
+    with door():
         if command not in COMMANDS:
             raise ConfigError(f"{command}: no such command; {nearest(command, list(COMMANDS))}")
         schema, run = COMMANDS[command]
         run(load_config(given(rest), schema))
-    except (*USER_ERRORS, CandidatesError, ScoreError) as error:
-        fail(error)
     return 0
 
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import hydra
-from compose import RECIPES, USER_ERRORS, as_override, fail
-from data import given
+from compose import RECIPES, as_override, door, given
 
 from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig, load_config, nearest
 from qwen2audio_train.planning.dry_run import print_plan
@@ -52,15 +51,13 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    try:
+    with door():
         config, options = parse(arguments)
         plan = print_plan(config, options.gpus)
         if options.mode is PlanMode.find_batch:
             print_largest_pack(plan, options)
         else:
             print_forecast(plan, options)
-    except USER_ERRORS as error:
-        fail(error)
     return 0
 
 

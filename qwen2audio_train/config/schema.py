@@ -20,9 +20,10 @@ from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bo
 from qwen2audio_train.config.bounds import nearest as nearest
 from qwen2audio_train.config.combinations import refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
+from qwen2audio_train.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A recipe that cannot be run; the message names the key, what was found and what would be right."""
 
 

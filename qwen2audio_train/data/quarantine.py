@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qwen2audio_train.errors import UserError
 
-class TooManyBadExamples(RuntimeError):
+
+class TooManyBadExamples(UserError):
     """More examples than the limit allows could not be used."""
 
 

@@ -16,13 +16,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
 from qwen2audio_train.evaluation.decoding.ranks import rank_and_world
 from qwen2audio_train.pairs.questions import Question
 
 
-class CandidatesError(ValueError):
+class CandidatesError(UserError):
     """A file of candidates that this run cannot go on with."""
 
 

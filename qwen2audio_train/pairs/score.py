@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.judging.client import Client
 from qwen2audio_train.evaluation.judging.judge import TEMPLATE, Judged, Verdict, judge_answers
 from qwen2audio_train.evaluation.scoring.items import OPEN_TASKS, TASK_METRICS
@@ -30,7 +31,7 @@ Scorer = Callable[[Answered], list[list[float | None]]]
 QuestionScorer = Callable[[Question, Sequence[str]], list[float]]
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """Answers that cannot be scored in the way that was asked for."""
 
 

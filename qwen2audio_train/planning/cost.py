@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import Qwen2AudioConfig
 
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import (
     MAX_FRAMES,
     num_audio_tokens,
@@ -180,9 +181,9 @@ def throughput(
         ValueError: an unknown GPU, or a share outside of (0, 1].
     """
     if gpu not in PEAK_BF16_FLOPS:
-        raise ValueError(f"gpu {gpu} is unknown; known are {', '.join(PEAK_BF16_FLOPS)}")
+        raise UserError(f"gpu {gpu} is unknown; known are {', '.join(PEAK_BF16_FLOPS)}")
     if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation is {utilisation}, expected a share in (0, 1]")
+        raise UserError(f"utilisation is {utilisation}, expected a share in (0, 1]")
     step_s = flops / (PEAK_BF16_FLOPS[gpu] * utilisation)
     audio_rate = load.audio_s * gpus / step_s
     return Throughput(

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.selfmade.dialogues import chat_lines, command_lines, preference_lines
 from qwen2audio_train.selfmade.pieces import Piece, write_piece
 from qwen2audio_train.selfmade.speech import check_installed
@@ -48,7 +49,7 @@ def build(
         What corpus.json holds: variant, seed, version, counts, hours, vocabulary.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} of the self-made corpus; expected one of {', '.join(VARIANTS)}")
+        raise UserError(f"unknown variant {variant!r} of the self-made corpus; expected one of {', '.join(VARIANTS)}")
     check_installed()
     out = Path(out_dir)
     key = {"variant": variant, "seed": seed, "version": _version()}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import soxr
 
+from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.layout import SAMPLING_RATE
 
 _SYNCHRONOUS, _UTF8, _FROM_CHARACTER = 2, 1, 1  # espeak/speak_lib.h
@@ -41,7 +42,7 @@ def _loader() -> Any:
     try:
         import espeakng_loader
     except ImportError as error:
-        raise ImportError(
+        raise MissingLibraryError(
             "the self-made corpus needs the speech synthesiser espeak-ng (package espeakng-loader): "
             "pip install 'qwen2audio-train[demo]'"
         ) from error
@@ -49,7 +50,7 @@ def _loader() -> Any:
 
 
 def check_installed() -> None:
-    """Raise an ImportError that names the extra to install, where espeak-ng is missing."""
+    """Raise a MissingLibraryError that names the extra to install, where espeak-ng is missing."""
     _loader()
 
 

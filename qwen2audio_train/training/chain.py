@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Stage, StageConfig
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage
 from qwen2audio_train.evaluation.reporting.summary import RunSummary, StageRecord, write_summary
 from qwen2audio_train.training.stages.arguments import arguments_class, check_trainer_keys
@@ -30,7 +31,7 @@ Compose = Callable[[str, list[str]], Any]
 """(stage or `evaluate`, overrides) -> checked config, `StageConfig` or `EvaluateConfig`."""
 
 
-class StageFailed(RuntimeError):
+class StageFailed(UserError):
     """A stage, or its evaluation, ended with an error."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +11,21 @@ import pytest
 import soundfile
 
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
-
-LAUNCH = Path(__file__).parents[2] / "launch"
+from tests.launch.scripts import script
 
 
 @pytest.fixture
 def run() -> Callable[..., int]:
     """run("check", "manifests=[a.jsonl]") -> exit status."""
-    spec = importlib.util.spec_from_file_location("launch_data", LAUNCH / "data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
-    return lambda *arguments: module.main(arguments)
+    def call(*arguments: str) -> int:
+        try:
+            status: int = script("data").main(arguments)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return status
+
+    return call
 
 
 def test_from_a_table_to_a_look_at_an_example(
@@ -72,11 +72,22 @@ def test_from_a_table_to_a_look_at_an_example(
         (["show", "manifest=/none/m.jsonl"], "No such file"),
         (["show", "manifest=m", "prompt_style=tags"], "prompt_style"),
         (["convert", "nonsense"], "nonsense: expected key=value, or a YAML file"),
+        (["convert", "broken.yaml"], "error: while parsing a flow node"),
+        (["convert", "HERE.yaml"], "error: [Errno 21] Is a directory: "),
+        (["chat", "manifests=[HERE.yaml]", "output=o.jsonl"], "error: [Errno 21] Is a directory: 'HERE.yaml'"),
     ],
 )
 def test_what_cannot_be_run(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE.yaml").mkdir()
+    (tmp_path / "broken.yaml").write_text("a: [1,")
     assert run(*arguments) == 2
     assert says in capsys.readouterr().err
 

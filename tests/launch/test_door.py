@@ -30,6 +30,7 @@ WRONG = [
     (["=3"], "error: =3: expected key=value"),
     (["seed"], "error: seed: expected key=value"),
     (["++sede=1"], "error: sede: unknown key; did you mean seed?"),
+    (["~sede"], "error: Could not delete from config."),
 ]
 
 
@@ -102,6 +103,21 @@ def test_a_process_says_it_too(ranks: int, tmp_path: Path) -> None:
     assert "error: data.ordr: unknown key; did you mean data.order?" in done.stderr
     assert "qwen2audio_train/config.py" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_is_no_yaml_is_named(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: [1,\n")
+    status, _, errors = run("pretrain", "--config-dir", str(tmp_path), "--config-name", "mine")
+    assert (status, "mine.yaml" in errors, "Traceback" in errors) == (2, True, False)
+
+
+def test_our_own_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "dry_run=true"])
+    with pytest.raises(KeyError, match="ours"):
+        script("compose").launch(broken, "pretrain", SCHEMAS["pretrain"])
 
 
 def test_configs_can_be_looked_at(run: Callable[..., tuple[int, str, str]]) -> None:

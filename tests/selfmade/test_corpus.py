@@ -17,6 +17,7 @@ from qwen2audio_train.data.manifests.manifest import read_manifest, validate_man
 
 pytest.importorskip("espeakng_loader")
 
+from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.selfmade import build, speech
 
 SOURCES = ("asr_en", "asr_de", "asr_zh", "s2tt_en_de", "s2tt_de_en", "s2tt_en_zh", "s2tt_zh_en")
@@ -130,7 +131,7 @@ def test_unknown_variant_is_refused(tmp_path: Path) -> None:
 def test_missing_synthesiser_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     speech._loader.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install 'qwen2audio-train\[demo\]'"):
+    with pytest.raises(MissingLibraryError, match=r"pip install 'qwen2audio-train\[demo\]'"):
         build(tmp_path / "corpus", "small")
     speech._loader.cache_clear()
 

@@ -23,6 +23,7 @@ from qwen2audio_train.data.audio.ffmpeg import MediaError, MediaFile, is_media
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.storage.blobs import BlobError
 from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import MIN_FRAMES, SAMPLING_RATE, num_frames
 
 END_TOLERANCE_S = 0.05
@@ -40,7 +41,7 @@ class Header:
     channels: int
 
 
-class AudioError(ValueError):
+class AudioError(ExampleError):
     """A clip that cannot be read; the message names its path and the reason."""
 
     def __init__(self, path: str, reason: str):

@@ -6,10 +6,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from qwen2audio_train.errors import UserError
+
 MISSING = "is M4A, AAC, WebM or MP4, which needs torchcodec and FFmpeg (pip install 'qwen2audio-train[media]')"
 
 
-class MediaError(ValueError):
+class MediaError(UserError):
     """A file that cannot be read through FFmpeg; says why."""
 
 

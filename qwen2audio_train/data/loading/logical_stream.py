@@ -22,6 +22,7 @@ from qwen2audio_train.data.order.mixture import PositionTree, apportion
 from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.order.planner import best_fit, cost_of, equal_groups
 from qwen2audio_train.data.quarantine import BadExample
+from qwen2audio_train.errors import UserError
 
 MOST_EMPTY_PASSES = 16
 """Passes in a row over nothing but empty shards after which a source counts as empty."""
@@ -187,4 +188,4 @@ class LogicalStream:
                     yield row, Place(place.number, part, taken)
                 place = Place(place.number, part + 1)
             place = Place(place.number + 1)
-        raise ValueError(f"{source.name}: {empty_passes} passes over shards of stream {self.number} gave no example")
+        raise UserError(f"{source.name}: {empty_passes} passes over shards of stream {self.number} gave no example")

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from qwen2audio_train.errors import ExampleError
+
 LONGEST_S = 100_000
 """Bound on all times, a little over a day: no clip is that long, and lengths are planned from what is written here."""
 
 
-class ManifestError(ValueError):
+class ManifestError(ExampleError):
     """One bad line of a manifest: where it is, what was expected there, and what was found."""
 
     def __init__(self, file: str, line: int, field: str, expected: str, found: str):

@@ -18,6 +18,7 @@ import numpy as np
 from qwen2audio_train.config.data import OnChangedData
 from qwen2audio_train.data.order.mixture import MixedSource, Mixture
 from qwen2audio_train.data.order.planner import CARRIED, Cursor, Planner
+from qwen2audio_train.errors import UserError
 
 STATE_VERSION = 1
 
@@ -25,7 +26,7 @@ FIXED = ("seed", "order")
 """Without these the examples already drawn are unknown: a change of them is always refused."""
 
 
-class DataStateError(ValueError):
+class DataStateError(UserError):
     """A saved state of the data does not fit what the recipe now says."""
 
 

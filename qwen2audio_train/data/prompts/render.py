@@ -28,6 +28,7 @@ from qwen2audio_train.data.examples import (
     task_of,
 )
 from qwen2audio_train.data.prompts.pools import PromptStyle, choose_prompt, prompt_fields
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import (
     AUDIO_BOS_TOKEN,
     AUDIO_EOS_TOKEN,
@@ -43,10 +44,6 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 GENERATION_PROMPT = f"{IM_START_TOKEN}assistant\n"
 
 LabelledTurns = Literal["all", "last"]
-
-
-class ExampleError(ValueError):
-    """An example that cannot become a sample: its id, what is wrong, and how to mend it."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Clip
-from qwen2audio_train.data.prompts.render import ExampleError, Piece, Rendered, Text
+from qwen2audio_train.data.prompts.render import Piece, Rendered, Text
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import AUDIO_TOKEN, num_clip_tokens, num_samples_of
 
 MOST_CACHED = 1024

@@ -17,12 +17,13 @@ from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
 from qwen2audio_train.data.audio.decode import AudioError, probe
 from qwen2audio_train.data.examples import Clip, Example, TaskExample, clips_of
 from qwen2audio_train.data.order.index import Measured
-from qwen2audio_train.data.prompts.render import ExampleError, render
+from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference
 from qwen2audio_train.data.samples.sample import Sample, SampleOptions, materialise
 from qwen2audio_train.data.storage.blobs import BlobError
 from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
 MEASURED_OPTIONS = ("prompt_style", "prompt_seed", "labelled_turns", "long_audio")

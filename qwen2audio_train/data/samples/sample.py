@@ -14,8 +14,9 @@ from qwen2audio_train.data.audio.decode import AudioLimits, load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.prompts.pools import PromptStyle
-from qwen2audio_train.data.prompts.render import ExampleError, LabelledTurns, Rendered, render
+from qwen2audio_train.data.prompts.render import LabelledTurns, Rendered, render
 from qwen2audio_train.data.prompts.tokenize import tokenize
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import MAX_SAMPLES, NUM_MEL_BINS, SAMPLING_RATE, window_samples
 
 LongAudio = Literal["reject", "split"]

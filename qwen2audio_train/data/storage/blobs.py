@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any
 
+from qwen2audio_train.errors import ExampleError
+
 PLACED = re.compile(r"(?P<tar>.+?\.tar)::(?P<offset>\d+)\+(?P<size>\d+)::(?P<member>.+)", re.DOTALL)
 CELL = re.compile(r"(?P<file>.+?\.arrow)::(?P<row>\d+)/(?P<column>.+)", re.DOTALL)
 
@@ -24,7 +26,7 @@ BLOCK = 512
 LONGEST_NAME = 2**16
 
 
-class BlobError(ValueError):
+class BlobError(ExampleError):
     """A file inside of a file that cannot be read; says why."""
 
 

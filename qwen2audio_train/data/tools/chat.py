@@ -10,8 +10,8 @@ from pathlib import Path
 from qwen2audio_train.data.examples import ChatExample, Example, Message, TaskExample
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
-from qwen2audio_train.data.prompts.render import ExampleError
 from qwen2audio_train.data.storage.files import write_whole
+from qwen2audio_train.errors import ExampleError
 
 
 @dataclass

@@ -23,10 +23,11 @@ from qwen2audio_train.data.examples import (
 )
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.manifests.manifest import parse_line
-from qwen2audio_train.data.prompts.render import ExampleError, render
+from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.samples.maker import Maker, maker_of
 from qwen2audio_train.data.storage.files import text_hash
 from qwen2audio_train.data.tools.clip_facts import ClipFacts, Placed, examine_all
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import NUM_MEL_BINS
 
 ERROR, WARNING = "error", "warning"
@@ -209,10 +210,10 @@ def _measure(result: Checked, line: int, example: Example, options: CheckOptions
             render(example)
             return
         found = maker.measure(example)
-    except ExampleError as error:
-        result.add(WARNING, "nothing to learn", line, example.id, str(error))
     except AudioError:
         return  # told by whoever opens the clip
+    except ExampleError as error:
+        result.add(WARNING, "nothing to learn", line, example.id, str(error))
     else:
         tokens = found.audio_tokens + found.text_tokens
         if tokens > options.max_tokens:

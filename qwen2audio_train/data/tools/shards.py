@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, load_audio, open_audio, probe
+from qwen2audio_train.data.audio.decode import AudioLimits, load_audio, open_audio, probe
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
 from qwen2audio_train.data.manifests.cache import Manifest
 from qwen2audio_train.data.manifests.corpus import OWN_RECORD
@@ -33,10 +33,11 @@ from qwen2audio_train.data.manifests.manifest import to_record
 from qwen2audio_train.data.order.index import Index, Measured, open_index
 from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample
-from qwen2audio_train.data.storage.blobs import BLOCK, BlobError, TarMember
+from qwen2audio_train.data.storage.blobs import BLOCK, TarMember
 from qwen2audio_train.data.storage.files import write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import SAMPLING_RATE
 
 BYTES_PER_S = 18_000
@@ -151,7 +152,7 @@ def _write_shard(index: Index, options: ShardOptions, job: tuple[int, NDArray[np
                 example = index.read(row)
                 name = example.id
                 files = [_encoded(clip, options.audio) for clip in clips_of(example)]
-            except (AudioError, BlobError, OSError, ValueError) as error:
+            except (ExampleError, OSError) as error:
                 bad.append(BadExample.of(error, name))
                 continue
             lines.append(_add_example(archive, target, f"{place:06d}", example, files, options.audio))

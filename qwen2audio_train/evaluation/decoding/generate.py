@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from qwen2audio_train.data.samples.sample import Sample
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.lazy_samples import load_ahead
 from qwen2audio_train.evaluation.decoding.ranks import gather, is_sharded, rank_and_world
 from qwen2audio_train.layout import END_OF_TEXT_TOKEN, IM_END_TOKEN
@@ -85,7 +86,7 @@ def sample_texts(
         ValueError: the temperature is not above 0.
     """
     if decoding.temperature <= 0:
-        raise ValueError(f"temperature {decoding.temperature} cannot be sampled with; give one above 0, such as 1.0")
+        raise UserError(f"temperature {decoding.temperature} cannot be sampled with; give one above 0, such as 1.0")
     return _generate(model, tokenizer, samples, decoding, lengths)
 
 

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.data.audio.decode import AudioError, probe
+from qwen2audio_train.data.audio.decode import probe
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
-from qwen2audio_train.data.prompts.render import ExampleError, render
+from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenize import tokenize
 from qwen2audio_train.data.samples.sample import Sample, SampleOptions, materialise
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import num_samples_of
 
 LOADING_THREADS = 4
@@ -63,7 +64,7 @@ class LazySamples(Sequence[Sample | None]):
                 for_generation=self.for_generation,
                 augment_waveform=np.zeros_like if self.silent else None,
             )
-        except (AudioError, ExampleError) as error:
+        except ExampleError as error:
             self.failed[index] = str(error)
             return None
 
@@ -78,7 +79,7 @@ class LazySamples(Sequence[Sample | None]):
                 for_generation=self.for_generation,
             )
             tokens = tokenize(rendered, self.tokenizer, [_num_samples(clip) for clip in rendered.clips])
-        except (AudioError, ExampleError) as error:
+        except ExampleError as error:
             self.failed[index] = str(error)
             return 0
         return len(tokens.input_ids) + sum(map(len, tokens.branches))

@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.errors import UserError
+
 LEDGER = "spent.jsonl"
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 Messages = Sequence[Mapping[str, str]]
 
 
-class JudgeError(RuntimeError):
+class JudgeError(UserError):
     """The endpoint gave no usable reply; the message says what it gave instead."""
 
 

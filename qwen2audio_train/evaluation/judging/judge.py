@@ -18,6 +18,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.judging.client import Client, CostCapError, JudgeError
 from qwen2audio_train.evaluation.scoring.bootstrap import Score, mean_score
 
@@ -94,7 +95,7 @@ def read_items(folder: str | Path) -> list[Judged]:
         if r["reference"] and r["meta"].get("description")
     ]
     if not items:
-        raise ValueError(f"{path}: no example has a reference and a `description` in its meta; a judge needs both")
+        raise UserError(f"{path}: no example has a reference and a `description` in its meta; a judge needs both")
     return items
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.scoring.bootstrap import Score
 from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, plain
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores
@@ -18,7 +19,7 @@ FILE = "summary.json"
 VERSION = 1
 
 
-class SummaryError(ValueError):
+class SummaryError(UserError):
     """A summary.json that is not one; the message names the file and the field."""
 
 

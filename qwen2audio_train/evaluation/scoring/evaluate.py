@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
 from qwen2audio_train.evaluation.scoring import metrics
@@ -92,7 +93,7 @@ def evaluate(
     """
     started = time.perf_counter()
     if any(isinstance(example, PreferenceExample | UnpairedExample) for example in examples):
-        raise ValueError("preference examples have no single right answer: score them with score_pairs")
+        raise UserError("preference examples have no single right answer: score them with score_pairs")
     prompts = LazySamples(examples, tokenizer, options, for_generation=True, audio=audio, seed=seed)
     items = [item for item in map(item_of, prompts.examples) if item is not None]
     texts = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)

@@ -10,8 +10,9 @@ import jiwer
 import numpy as np
 from sacrebleu.metrics import BLEU
 
+from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.evaluation.scoring.bootstrap import Counts, Score, proportion, ratio_score, resampled_score
-from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER, MissingLibraryError, normalise, units
+from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER, normalise, units
 
 
 def edit_counts(

@@ -18,16 +18,14 @@ from functools import cache
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+from qwen2audio_train.errors import MissingLibraryError
+
 PER_CHARACTER = frozenset({"zh", "yue", "ja"})
 """Languages written without spaces: error rates count characters."""
 
 _TAG = re.compile(r"<\|.*?\|>")
 _SPACE_BEFORE_PUNCTUATION = re.compile(r" ([!,.?;:])")
 _BASIC = BasicTextNormalizer()
-
-
-class MissingLibraryError(ImportError):
-    """A library that the score depends on is not installed; without it the number would be wrong, not missing."""
 
 
 def normalise(text: str, language: str | None) -> str:

@@ -21,6 +21,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.errors import UserError
 
 MANIFEST = "MANIFEST.json"
 MODEL_FOLDER = "model"
@@ -33,7 +34,7 @@ _LOCKS: dict[Path, TextIO] = {}
 """Open lock files of the run folders that this process holds."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged or not there."""
 
 

@@ -24,11 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qwen2audio_train.errors import UserError
+
 FORMAT = 1
 RECORD = np.dtype([("key", "<i8", 2), ("logps", "<f4", 2), ("crc", "<u4")])
 
 
-class ReferenceCacheError(RuntimeError):
+class ReferenceCacheError(UserError):
     """The stored reference log-probabilities cannot be used."""
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from qwen2audio_train.data.examples import ChatExample, Example, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate
@@ -145,7 +146,7 @@ class HeldOutGuard(TrainerCallback):
     ) -> None:
         """Set `should_training_stop` when it is time."""
         if self.watched not in (metrics or {}):
-            raise ValueError(f"watched figure {self.watched}: not among {', '.join(sorted(metrics or {}))}")
+            raise UserError(f"watched figure {self.watched}: not among {', '.join(sorted(metrics or {}))}")
         values = [self.sign * line[self.watched] for line in state.log_history if self.watched in line]
         if len(values) > self.patience and max(values[-self.patience :]) <= max(values[: -self.patience]):
             control.should_training_stop = True
@@ -162,6 +163,6 @@ def _answered(example: Example, answers: Sequence[str]) -> PreferenceExample:
     if isinstance(example, ChatExample):
         prompt = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
     if not prompt:
-        raise ValueError(f'example "{example.id}": a drift probe needs chat or preference examples')
+        raise UserError(f'example "{example.id}": a drift probe needs chat or preference examples')
     first, *others = answers
     return PreferenceExample(example.id, prompt, first, tuple(others), example.source)

@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen2audio_train.config.schema import OptimizerConfig
 from qwen2audio_train.data.quarantine import TooManyBadExamples
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
 from qwen2audio_train.model.adapters import adapter_state, restore_adapter
 from qwen2audio_train.model.packed import unwrap
@@ -83,7 +84,7 @@ class Meter:
     counts: StepCounts = field(default_factory=StepCounts)
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """Training went beyond what numbers can hold."""
 
 

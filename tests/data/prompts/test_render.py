@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
 from qwen2audio_train.data.prompts.pools import PLACEHOLDERS, choose_prompt, describe_tasks, tag_tokens, task_names
 from qwen2audio_train.data.prompts.pools import _pools as pools
-from qwen2audio_train.data.prompts.render import ExampleError, Rendered, Text, render, rendered_text
+from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
 from qwen2audio_train.data.prompts.tokenizer import build_processor
+from qwen2audio_train.errors import ExampleError
 
 CLIP = Clip("a.wav", 1.0)
 ASR = TaskExample("a1", CLIP, "asr", "en", "hello", "s")

@@ -15,9 +15,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProcessor
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
-from qwen2audio_train.data.prompts.render import ExampleError, render, rendered_text
+from qwen2audio_train.data.prompts.render import render, rendered_text
 from qwen2audio_train.data.prompts.tokenize import count_tokens, tokenize
 from qwen2audio_train.data.prompts.tokenizer import QWEN2_WORDS, as_qwen2_audio, save_processor, train_tokenizer
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import SPECIAL_TOKENS
 
 PUBLISHED = Path(__file__).parents[4] / "shared" / "tokenizer"

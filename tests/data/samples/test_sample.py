@@ -14,10 +14,11 @@ from qwen2audio_train.data.audio.decode import AudioError, load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
 from qwen2audio_train.data.manifests.manifest import read_manifest
-from qwen2audio_train.data.prompts.render import ExampleError, render
+from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import SampleOptions, materialise
+from qwen2audio_train.errors import ExampleError
 
 Tone = Callable[..., Path]
 

@@ -9,8 +9,9 @@ import pytest
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExample
 from qwen2audio_train.data.manifests.manifest import read_manifest
-from qwen2audio_train.data.prompts.render import ExampleError, render, rendered_text
+from qwen2audio_train.data.prompts.render import render, rendered_text
 from qwen2audio_train.data.tools.chat import ChatOptions, chats_of, write_chats, written_question
+from qwen2audio_train.errors import ExampleError
 
 EXAMPLE = TaskExample("a/1", Clip("a.wav", 1.5), "ser", "de", "anger", "emodb", meta={"actor": 3})
 

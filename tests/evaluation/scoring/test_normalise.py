@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.evaluation.scoring import normalise as module
-from qwen2audio_train.evaluation.scoring.normalise import MissingLibraryError, caveats, normalise, strip_tags, units
+from qwen2audio_train.evaluation.scoring.normalise import caveats, normalise, strip_tags, units
 
 
 def test_tags_go_in_every_language():
