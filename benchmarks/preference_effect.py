@@ -39,7 +39,6 @@ from record import save
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
-from qwen2audio_train.data.samples.sample import SampleOptions
 from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring import metrics
@@ -185,9 +184,9 @@ def counts_of(checkpoint: Path, examples: Sequence[Example], path: Path) -> Coun
 
 def texts_of(checkpoint: Path, examples: Sequence[Example]) -> dict[str, str]:
     """Greedy answers by id; an example that cannot be asked has an empty one."""
-    model, tokenizer, _ = load_for_inference(str(checkpoint), num_threads=1)
-    options = SampleOptions(num_mel_bins=model.config.audio_config.num_mel_bins)
-    prompts = LazySamples(examples, tokenizer, options, for_generation=True)
+    loaded = load_for_inference(str(checkpoint), num_threads=1)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompts = LazySamples(examples, tokenizer, loaded.samples, for_generation=True)
     texts = generate_texts(model, tokenizer, prompts, Decoding(max_new_tokens=MAX_NEW_TOKENS), prompts.lengths)
     return {example.id: text or "" for example, text in zip(examples, texts, strict=True)}
 

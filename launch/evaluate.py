@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compose import check_file, launch
 
 from qwen2audio_train.config.schema import ConfigError, EvaluateConfig
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.manifest import read_manifest
-from qwen2audio_train.data.samples.sample import SampleOptions
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.reporting.stage_record import save_stage
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
@@ -18,23 +19,24 @@ from qwen2audio_train.training.stages.process import process
 
 def main(config: EvaluateConfig) -> None:
     check_files(config)
-    model, tokenizer, _ = load_for_inference(config.checkpoint, num_threads=config.num_threads)
-    options = SampleOptions(num_mel_bins=model.config.audio_config.num_mel_bins)
+    loaded = load_for_inference(config.checkpoint, samples=config.sample, num_threads=config.num_threads)
+    model, tokenizer, samples = loaded.model, loaded.tokenizer, loaded.samples
     decoding = Decoding(max_new_tokens=config.max_new_tokens, tokens_per_batch=config.tokens_per_batch)
     drawn = {"seed": config.seed, "bootstrap_samples": config.bootstrap_samples}
     seen = [example for path in config.train_manifests for example in read_manifest(path)]
     found = [example for path in config.manifests.values() for example in read_manifest(path)]
     examples = some_of_each(found, config.max_examples)
-    result = evaluate(model, tokenizer, examples, options, decoding=decoding, train_examples=seen, **drawn)
+    result = evaluate(model, tokenizer, examples, samples, decoding=decoding, train_examples=seen, **drawn)
+    result = replace(result, caveats=(*loaded.caveats, *result.caveats))
     pairs: dict[str, PairScores] = {}
     if config.pairs:
         preferences = some_of_each(read_manifest(config.pairs), config.max_examples)
         for audio in ("own", "swapped", "silence"):
-            pairs[audio] = score_pairs(model, tokenizer, preferences, options, audio=audio, **drawn)
+            pairs[audio] = score_pairs(model, tokenizer, preferences, samples, audio=audio, **drawn)
     if process().is_main_process:
         save(result, config.output_dir)
         save_stage(result, pairs, config.output_dir)
-        print(table(result.rows))
+        print("\n".join([table(result.rows), *(f"note: {caveat}" for caveat in result.caveats)]))
         for audio, pair in pairs.items():
             print(f"pair accuracy with {audio} audio: {pair.accuracy.value:.1%} of {pair.accuracy.n}")
 

@@ -14,15 +14,16 @@ from qwen2audio_train.training.stages.policy import load_for_inference
 def main(config: ExportConfig) -> None:
     if config.check_manifest is not None:
         check_file("check_manifest", config.check_manifest)
-    model, tokenizer, base = load_for_inference(
+    model, tokenizer, samples, caveats, base = load_for_inference(
         config.checkpoint, num_threads=config.num_threads, dtype=config.dtype, merge=config.merge
     )
-    folder = export(model, tokenizer, config.output_dir, base=base)
+    folder = export(model, tokenizer, samples, config.output_dir, base=base)
     print(f"exported to {folder}" + (f", an adapter on {base}" if base else ""))
+    print("".join(f"note: {caveat}\n" for caveat in caveats), end="")
     if config.check_manifest is None:
         return
     examples = read_manifest(config.check_manifest)[: config.check_examples]
-    different = check_export(folder, model, tokenizer, examples, base=base)
+    different = check_export(folder, model, tokenizer, samples, examples, base=base)
     for name, ours, stock in different:
         print(f"{name}: {ours!r} by our path, {stock!r} by the stock classes")
     if different and config.dtype == "float32":

@@ -41,12 +41,12 @@ def run_sample(options: SamplingOptions) -> None:
     client = judge_client(options) if options.score == "judge" else None
     score = judge_scorer(client, outcomes) if client else scorer(options.score)
     questions = read_questions(options.manifests, options.seed)
-    model, tokenizer, _ = load_for_inference(options.checkpoint, num_threads=options.num_threads)
-    file, failed = answer(model, tokenizer, questions, options)
+    loaded = load_for_inference(options.checkpoint, samples=options.sample, num_threads=options.num_threads)
+    file, failed = answer(loaded.model, loaded.tokenizer, loaded.samples, questions, options)
     if not process().is_main_process:
         return
     made = pairs_of_answers(questions, file, failed, score, options, judge_provenance(client) if client else None)
-    print(f"{options.output}: {made.summary()}")
+    print("\n".join([f"{options.output}: {made.summary()}", *(f"note: {caveat}" for caveat in loaded.caveats)]))
     if client:
         print(f"judge: {', '.join(f'{name} {count}' for name, count in outcomes.items())}; spent {client.spent:.4f}")
 

@@ -10,22 +10,27 @@ import torch
 from torch import nn
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase, Qwen2AudioForConditionalGeneration
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.prompts.render import render, rendered_text
-from qwen2audio_train.data.prompts.tokenizer import save_processor
-from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.data.prompts.render import rendered_text
+from qwen2audio_train.data.samples.recipe import render_as, save_inputs
+from qwen2audio_train.data.samples.sample import clip_bytes
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts, stop_ids
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.layout import SAMPLING_RATE
 from qwen2audio_train.model.adapters import load_adapter
-from qwen2audio_train.model.packed import unwrap
 
 
 def export(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, base: str | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: SampleRecipe,
+    folder: str | Path,
+    *,
+    base: str | None = None,
 ) -> Path:
-    """Write what `from_pretrained` reads: weights, processor with chat template, generation config.
+    """Write what `from_pretrained` reads: weights, processor with chat template, generation config; and the recipe.
 
     Args:
         model: a full model (merge its adapter first), or one with an adapter, of which the adapter alone is written.
@@ -42,9 +47,7 @@ def export(
         for config in saved.peft_config.values():
             config.base_model_name_or_path = base
     saved.save_pretrained(folder)
-    inner = unwrap(model)
-    audio_config: Any = inner.config.audio_config
-    save_processor(tokenizer, folder, audio_config.num_mel_bins)
+    save_inputs(tokenizer, recipe, folder)
     generation_config(tokenizer).save_pretrained(folder)
     return folder
 
@@ -59,7 +62,12 @@ def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
 
 @torch.no_grad()
 def stock_texts(
-    folder: str | Path, examples: Sequence[Example], *, base: str | None = None, decoding: Decoding = GREEDY
+    folder: str | Path,
+    examples: Sequence[Example],
+    recipe: SampleRecipe = SampleRecipe(),
+    *,
+    base: str | None = None,
+    decoding: Decoding = GREEDY,
 ) -> list[str]:
     """Greedy answers of an exported model by the stock classes alone, one example at a time.
 
@@ -75,8 +83,8 @@ def stock_texts(
     generation.update(max_new_tokens=decoding.max_new_tokens, min_new_tokens=decoding.min_new_tokens)
     texts = []
     for example in examples:
-        rendered = render(example, for_generation=True)
-        waveforms = [load_audio(clip) for clip in rendered.clips]
+        rendered = render_as(recipe, example, for_generation=True)
+        waveforms = [load_audio(clip, clip_bytes(clip, recipe)) for clip in rendered.clips]
         inputs = processor(
             text=rendered_text(rendered), audio=waveforms or None, sampling_rate=SAMPLING_RATE, return_tensors="pt"
         )
@@ -90,6 +98,7 @@ def check_export(
     folder: str | Path,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    recipe: SampleRecipe,
     examples: Sequence[Example],
     *,
     base: str | None = None,
@@ -99,11 +108,9 @@ def check_export(
 
     In float32 there are none; in bfloat16 a few are, since the sums are rounded in another order.
     """
-    audio_config: Any = unwrap(model).config.audio_config
-    options = SampleOptions(num_mel_bins=audio_config.num_mel_bins)
-    prompts = LazySamples(examples, tokenizer, options, for_generation=True)
+    prompts = LazySamples(examples, tokenizer, recipe, for_generation=True)
     ours = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)
-    theirs = stock_texts(folder, examples, base=base, decoding=decoding)
+    theirs = stock_texts(folder, examples, recipe, base=base, decoding=decoding)
     return [
         (example.id, mine, stock) for example, mine, stock in zip(examples, ours, theirs, strict=True) if mine != stock
     ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from qwen2audio_train.evaluation.decoding.generate import Decoding, stop_ids
 from qwen2audio_train.export import check_export, export
 from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.packed import PackedQwen2Audio
-from tests.evaluation.tiny import MEL_BINS, noise, tiny_model, tiny_tokenizer
+from tests.evaluation.tiny import MEL_BINS, SAMPLES, noise, tiny_model, tiny_tokenizer
 
 DECODING = Decoding(max_new_tokens=8)
 
@@ -52,8 +53,8 @@ def adapted(seed: int = 0):
 
 def test_plain_transformers_decodes_the_same_texts(examples, tmp_path):
     model = tiny_model()
-    export(model, tiny_tokenizer(), tmp_path)
-    assert check_export(tmp_path, model, tiny_tokenizer(), examples, decoding=DECODING) == []
+    export(model, tiny_tokenizer(), SAMPLES, tmp_path)
+    assert check_export(tmp_path, model, tiny_tokenizer(), SAMPLES, examples, decoding=DECODING) == []
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2AudioForConditionalGeneration"]
     stock = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path)
     assert stock.generation_config.eos_token_id == stop_ids(tiny_tokenizer())
@@ -63,31 +64,32 @@ def test_plain_transformers_decodes_the_same_texts(examples, tmp_path):
 def test_a_merged_adapter_decodes_the_same_texts(examples, tmp_path):
     model = adapted()
     merged = merge_adapter(adapted())
-    export(merged, tiny_tokenizer(), tmp_path)
+    export(merged, tiny_tokenizer(), SAMPLES, tmp_path)
     assert not list(tmp_path.glob("adapter*"))
-    assert check_export(tmp_path, model, tiny_tokenizer(), examples, decoding=DECODING) == []
-    assert check_export(tmp_path, tiny_model(), tiny_tokenizer(), examples, decoding=DECODING) != []
+    assert check_export(tmp_path, model, tiny_tokenizer(), SAMPLES, examples, decoding=DECODING) == []
+    assert check_export(tmp_path, tiny_model(), tiny_tokenizer(), SAMPLES, examples, decoding=DECODING) != []
 
 
 def test_an_adapter_alone_decodes_the_same_texts_on_its_base(examples, tmp_path):
-    base = str(export(tiny_model(), tiny_tokenizer(), tmp_path / "base"))
+    base = str(export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path / "base"))
     model = adapted()
-    export(model, tiny_tokenizer(), tmp_path / "adapter", base=base)
+    export(model, tiny_tokenizer(), SAMPLES, tmp_path / "adapter", base=base)
     assert not list((tmp_path / "adapter").glob("model*"))
     found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert found["base_model_name_or_path"] == base
-    assert check_export(tmp_path / "adapter", model, tiny_tokenizer(), examples, base=base, decoding=DECODING) == []
+    check = partial(check_export, base=base, decoding=DECODING)
+    assert check(tmp_path / "adapter", model, tiny_tokenizer(), SAMPLES, examples) == []
     again = load_adapter(PackedQwen2Audio.from_pretrained(base), str(tmp_path / "adapter"), trainable=False)
-    assert check_export(tmp_path / "adapter", again, tiny_tokenizer(), examples, base=base, decoding=DECODING) == []
+    assert check(tmp_path / "adapter", again, tiny_tokenizer(), SAMPLES, examples) == []
 
 
 def test_an_adapter_needs_its_base(tmp_path):
     with pytest.raises(ValueError, match="hub id or folder"):
-        export(adapted(), tiny_tokenizer(), tmp_path)
+        export(adapted(), tiny_tokenizer(), SAMPLES, tmp_path)
 
 
 def test_the_processor_writes_the_prompts_that_we_write(examples, tmp_path):
-    export(tiny_model(), tiny_tokenizer(), tmp_path)
+    export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert processor.feature_extractor.feature_size == MEL_BINS
     conversation = [

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from qwen2audio_train.config.bounds import at_least
+from qwen2audio_train.layout import NUM_MEL_BINS
 
 MAX_SEED = 2**32 - 1
 """The largest that numpy's generators take."""
@@ -183,3 +184,23 @@ class DataConfig:
     on_changed_data: OnChangedData = OnChangedData.refuse
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     selfmade: SelfmadeConfig = field(default_factory=SelfmadeConfig)
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """All that decides how an example becomes a sample, under the names of `data:`.
+
+    It is made from the config once (`samples.recipe.recipe_of`), saved beside the weights, and handed to whoever makes
+    samples of that model: training, probes, evaluation, pairs and export. The defaults serve weights saved without it.
+    """
+
+    prompt_style: PromptStyle = DataConfig.prompt_style
+    prompt_seed: int = DataConfig.prompt_seed
+    labelled_turns: LabelledTurns = DataConfig.labelled_turns
+    long_audio: LongAudio = DataConfig.long_audio
+    num_mel_bins: int = NUM_MEL_BINS
+    """Of the model's encoder."""
+    cache_dir: str = DataConfig.cache_dir
+    cache_max_gib: float = DataConfig.cache_max_gib
+    network_retries: int = DataConfig.network_retries
+    network_timeout_s: float = DataConfig.network_timeout_s

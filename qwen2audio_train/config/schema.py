@@ -245,6 +245,7 @@ class EvaluateConfig:
         train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
         max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
         pairs: preference manifest on which pair accuracy is measured.
+        sample: fields of the checkpoint's `SampleRecipe` to replace, such as `sample.prompt_style`.
     """
 
     checkpoint: str = MISSING
@@ -258,6 +259,7 @@ class EvaluateConfig:
     tokens_per_batch: int = at_least(1, 8192)
     num_threads: int = at_least(0, 0)
     bootstrap_samples: int = at_least(1, 1000)
+    sample: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -304,7 +306,7 @@ class RecipeConfig:
     stages: dict[str, StageCall] = field(default_factory=dict, metadata={"choices": tuple(Stage)})
 
 
-Schema = TypeVar("Schema", StageConfig, EvaluateConfig, ExportConfig, RecipeConfig)
+Schema = TypeVar("Schema", DataConfig, StageConfig, EvaluateConfig, ExportConfig, RecipeConfig)
 
 
 def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Schema:

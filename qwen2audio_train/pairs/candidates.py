@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
@@ -90,7 +90,7 @@ def sample_candidates(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    options: SampleOptions,
+    recipe: SampleRecipe,
     decoding: Decoding,
     file: CandidateFile,
     *,
@@ -109,7 +109,7 @@ def sample_candidates(
     left = [question for question in questions if question.id not in file.done]
     for chunk in _chunks(left, questions_per_chunk):
         examples = [question.as_example() for question in chunk]
-        samples = LazySamples(examples, tokenizer, options, for_generation=True, audio=audio)
+        samples = LazySamples(examples, tokenizer, recipe, for_generation=True, audio=audio)
         texts = sample_texts(model, tokenizer, samples, decoding, samples.lengths)
         asked = list(zip(samples.examples, texts, strict=True))
         failed |= {e.id: samples.failed.get(i, "no answer") for i, (e, answers) in enumerate(asked) if answers is None}

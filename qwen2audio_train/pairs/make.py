@@ -15,13 +15,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import ConfigError, nearest
 from qwen2audio_train.data.examples import PreferenceExample
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
-from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.data.samples.maker import MEASURED_KEYS
+from qwen2audio_train.data.samples.recipe import KEYS, plain
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.judging.client import Client, Endpoint
-from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.pairs.balance import Balance, balance
 from qwen2audio_train.pairs.candidates import CandidateFile, sample_candidates
 from qwen2audio_train.pairs.questions import Question, questions_of
@@ -48,6 +49,7 @@ class SamplingOptions:
         score: auto, error_rate, bleu, exact, judge, or a function of yours as `file.py:function`.
         chosen, min_margin, min_chosen, max_length_ratio, max_rejected: see `select.Selection`.
         judge: settings of the judge, for `score=judge`.
+        sample: fields of the checkpoint's `SampleRecipe` to replace, such as `sample.cache_dir`.
     """
 
     checkpoint: str = ""
@@ -68,6 +70,7 @@ class SamplingOptions:
     max_rejected: int = 1
     judge: dict[str, Any] = field(default_factory=dict)
     num_threads: int = 0
+    sample: dict[str, Any] = field(default_factory=dict, metadata={"choices": KEYS})
 
 
 @dataclass
@@ -146,11 +149,11 @@ def pairs_by_rule(options: RuleOptions) -> Made:
 def answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    recipe: SampleRecipe,
     questions: Sequence[Question],
     options: SamplingOptions,
 ) -> tuple[CandidateFile, dict[str, str]]:
     """Sample answers to the questions, or go on doing so; every rank has to call this."""
-    audio_config: Any = unwrap(model).config.audio_config
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens,
         tokens_per_batch=options.tokens_per_batch,
@@ -162,9 +165,9 @@ def answer(
     settings = {"checkpoint": options.checkpoint, "audio": options.audio.value, **dataclasses.asdict(decoding)}
     settings.pop("tokens_per_batch")
     settings["questions"] = questions_digest(questions)
+    settings["sample"] = {key: plain(recipe)[key] for key in MEASURED_KEYS}
     file = CandidateFile(Path(f"{options.output}.answers"), settings)
-    sample_options = SampleOptions(num_mel_bins=audio_config.num_mel_bins)
-    failed = sample_candidates(model, tokenizer, questions, sample_options, decoding, file, audio=options.audio.value)
+    failed = sample_candidates(model, tokenizer, questions, recipe, decoding, file, audio=options.audio.value)
     return file, failed
 
 

@@ -160,7 +160,7 @@ def manifest_counts(files: list[Path], config: StageConfig) -> Counts:
     audio = sum(num_clip_tokens(num_samples_of(duration)) for duration in durations if duration > 0)
     characters = {True: 0, False: 0}
     for example in examples:
-        rendered = render(example, prompt_style=config.data.prompt_style.value, seed=config.data.prompt_seed)
+        rendered = render(example, prompt_style=config.data.prompt_style, seed=config.data.prompt_seed)
         pieces = (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch))
         for piece in pieces:
             if isinstance(piece, Text):

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import ModelConfig, ModelKind
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExample
 from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
-from qwen2audio_train.data.samples.sample import Sample, SampleOptions, build_sample
+from qwen2audio_train.data.samples.sample import Sample, build_sample
 from qwen2audio_train.evaluation.decoding.generate import stop_ids
 from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio
 
 MEL_BINS = 16
-OPTIONS = SampleOptions(num_mel_bins=MEL_BINS)
+SAMPLES = SampleRecipe(num_mel_bins=MEL_BINS)
 ARCHITECTURE = {
     "audio_config": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48},
     "text_config": {
@@ -64,7 +65,7 @@ def noise(rng: np.random.Generator, seconds: float) -> np.ndarray:
 def task_sample(name: str, seconds: float, seed: int = 0) -> Sample:
     example = TaskExample(name, Clip("", seconds), "asr", "en", "", "noise")
     waveform = noise(np.random.default_rng(seed), seconds)
-    return build_sample(render(example, for_generation=True), [waveform], tiny_tokenizer(), OPTIONS)
+    return build_sample(render(example, for_generation=True), [waveform], tiny_tokenizer(), SAMPLES)
 
 
 def chat_sample(name: str, seconds: tuple[float, ...], question: str, seed: int = 0) -> Sample:
@@ -72,7 +73,7 @@ def chat_sample(name: str, seconds: tuple[float, ...], question: str, seed: int 
     example = ChatExample(name, (Message("user", (*clips, question)),), "noise")
     rng = np.random.default_rng(seed)
     waveforms = [noise(rng, s) for s in seconds]
-    return build_sample(render(example, for_generation=True), waveforms, tiny_tokenizer(), OPTIONS)
+    return build_sample(render(example, for_generation=True), waveforms, tiny_tokenizer(), SAMPLES)
 
 
 def mixed_samples() -> list[Sample]:

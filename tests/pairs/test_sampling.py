@@ -23,7 +23,7 @@ from qwen2audio_train.pairs.make import SamplingOptions, answer, judge_client, p
 from qwen2audio_train.pairs.questions import Question, questions_of
 from qwen2audio_train.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
 from qwen2audio_train.pairs.select import Chosen, Selection, select
-from tests.evaluation.tiny import noise, tiny_model, tiny_tokenizer
+from tests.evaluation.tiny import SAMPLES, noise, tiny_model, tiny_tokenizer
 
 
 def question(reference: str | None = "the cat sat", task: str | None = "asr", name: str = "q") -> Question:
@@ -61,7 +61,7 @@ def test_interrupted_sampling_goes_on_and_gives_the_same_answers(
     questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny_model(spread=2.0), tiny_tokenizer()
-    whole, failed = answer(model, tokenizer, questions, options(tmp_path))
+    whole, failed = answer(model, tokenizer, SAMPLES, questions, options(tmp_path))
     assert failed == {}
     assert len({found.answers for found in whole.done.values()}) > 1
     text = whole.path.read_text()
@@ -75,7 +75,7 @@ def test_interrupted_sampling_goes_on_and_gives_the_same_answers(
         return original(model, tokenizer, questions, options, decoding, file, **kw)
 
     monkeypatch.setattr(make, "sample_candidates", counting)
-    again, _ = answer(model, tokenizer, questions, options(tmp_path, tokens_per_batch=200))
+    again, _ = answer(model, tokenizer, SAMPLES, questions, options(tmp_path, tokens_per_batch=200))
     assert asked == ["q2", "q3", "q4"]
     assert again.done == whole.done
     assert again.path.read_text() == text
@@ -83,16 +83,16 @@ def test_interrupted_sampling_goes_on_and_gives_the_same_answers(
 
 def test_answers_of_other_settings_are_not_mixed(questions: list[Question], tmp_path: Path) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    answer(model, tokenizer, questions[:1], options(tmp_path))
+    answer(model, tokenizer, SAMPLES, questions[:1], options(tmp_path))
     with pytest.raises(CandidatesError, match=r"other settings \(seed\)"):
-        answer(model, tokenizer, questions[:1], options(tmp_path, seed=1))
+        answer(model, tokenizer, SAMPLES, questions[:1], options(tmp_path, seed=1))
     with pytest.raises(CandidatesError, match=r"other settings \(questions\)"):
-        answer(model, tokenizer, questions[:2], options(tmp_path))
+        answer(model, tokenizer, SAMPLES, questions[:2], options(tmp_path))
 
 
 def test_a_clip_that_cannot_be_read_costs_its_question(questions: list[Question], tmp_path: Path) -> None:
     Path(questions[1].clips[0].path).write_bytes(b"no audio")
-    file, failed = answer(tiny_model(), tiny_tokenizer(), questions[:3], options(tmp_path))
+    file, failed = answer(tiny_model(), tiny_tokenizer(), SAMPLES, questions[:3], options(tmp_path))
     assert file.done.keys() == {"q0", "q2"}
     assert failed.keys() == {"q1"}
 
@@ -218,7 +218,7 @@ def test_manifest_says_where_a_pair_comes_from(questions: list[Question], tmp_pa
 
 def test_sampled_pairs_from_end_to_end(questions: list[Question], tmp_path: Path) -> None:
     chosen = options(tmp_path, score="error_rate", chosen=Chosen.reference, min_margin=0.5)
-    file, failed = answer(tiny_model(spread=2.0), tiny_tokenizer(), questions, chosen)
+    file, failed = answer(tiny_model(spread=2.0), tiny_tokenizer(), SAMPLES, questions, chosen)
     made = pairs_of_answers(questions, file, failed, scorer(chosen.score), chosen)
     assert made.num_examples + sum(made.left_out.values()) == len(questions)
     assert made.num_examples > 0

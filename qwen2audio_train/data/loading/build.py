@@ -22,7 +22,8 @@ from qwen2audio_train.data.order.mixture import MixedSource, Mixture, weighting_
 from qwen2audio_train.data.order.planner import Planner
 from qwen2audio_train.data.quarantine import Quarantine
 from qwen2audio_train.data.samples.collate import task_weights
-from qwen2audio_train.data.samples.maker import Maker, collator_of, maker_of, remote_of
+from qwen2audio_train.data.samples.maker import Maker, collator_of, maker_of
+from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.layout import NUM_MEL_BINS
 
 Loader = PackLoader | StreamLoader
@@ -153,7 +154,7 @@ def build_planner(data: DataConfig, indexes: Mapping[str, Index]) -> Planner:
 
 def open_source(name: str, source: SourceConfig, data: DataConfig, maker: Maker) -> Index:
     """The index of a source, built if the cache lacks it."""
-    manifests = find_manifests(name, source, maker.remote, data.num_workers)
+    manifests = find_manifests(name, source, remote_of(maker.recipe), data.num_workers)
     return open_index(manifests, maker.measure, maker.measure_key, data.cache_dir, num_workers=data.num_workers)
 
 

@@ -21,6 +21,7 @@ from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.mixture import weighting_of
 from qwen2audio_train.data.quarantine import BadExample, Quarantine
 from qwen2audio_train.data.samples.maker import Maker, collator_of
+from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.data.storage.files import text_hash
 
@@ -32,7 +33,9 @@ def build_streams(
 ) -> StreamLoader:
     """The loader of one rank. Raises ConfigError for what needs an index."""
     _check(data)
-    corpora = {name: open_corpus(name, source, maker.remote) for name, source in sorted(data.sources.items())}
+    corpora = {
+        name: open_corpus(name, source, remote_of(maker.recipe)) for name, source in sorted(data.sources.items())
+    }
     num_shards = {name: corpus.num_shards for name, corpus in corpora.items()}
     chances = weighting_of(data, num_shards).probabilities(data.temperature)
     readers = {name: ShardReader(corpus) for name, corpus in corpora.items()}

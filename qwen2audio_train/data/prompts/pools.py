@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from string import Formatter
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-PromptStyle = Literal["natural", "hierarchical_tags"]
+from qwen2audio_train.config.data import PromptStyle
+
 PLACEHOLDERS = ("language", "language_name", "text_language", "text_language_name", "question")
 
 
@@ -65,7 +66,7 @@ def choose_prompt(example: Any, style: PromptStyle, seed: int, fixed: bool = Fal
     A template fits when the example has every field that it names. `text_language` defaults to `language` for ASR-like
     tasks and to English otherwise, so it is always there unless the task needs it said.
     """
-    if style == "hierarchical_tags":
+    if style == PromptStyle.hierarchical_tags:
         return _tag_template(example)
     available = prompt_fields(example)
     fitting = [template for template in _pools()[example.task].prompts if template.fields <= available.keys()]
@@ -94,7 +95,7 @@ def language_name(code: str) -> str:
 def tag_tokens(languages: Iterable[str], style: PromptStyle) -> list[str]:
     """Tags that the prompts of a style may hold, for a tokenizer that is to have them as tokens of their own."""
     tags = [f"<|{language}|>" for language in languages]
-    if style == "natural":
+    if style == PromptStyle.natural:
         return tags
     parts = [value for pool in _pools().values() for value in pool.tags.values()]
     fixed = ["unknown", "answer", "notimestamps", *parts]

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from string import Formatter
-from typing import Literal
 
+from qwen2audio_train.config.data import LabelledTurns, PromptStyle
 from qwen2audio_train.data.examples import (
     ChatExample,
     Clip,
@@ -27,7 +27,7 @@ from qwen2audio_train.data.examples import (
     UnpairedExample,
     task_of,
 )
-from qwen2audio_train.data.prompts.pools import PromptStyle, choose_prompt, prompt_fields
+from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import (
     AUDIO_BOS_TOKEN,
@@ -42,8 +42,6 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 """Inserted by the published template where a conversation does not start with a system message."""
 
 GENERATION_PROMPT = f"{IM_START_TOKEN}assistant\n"
-
-LabelledTurns = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,9 @@ class Rendered:
 def render(
     example: Example,
     *,
-    prompt_style: PromptStyle = "natural",
+    prompt_style: PromptStyle = PromptStyle.natural,
     seed: int = 0,
-    labelled_turns: LabelledTurns = "all",
+    labelled_turns: LabelledTurns = LabelledTurns.all,
     for_generation: bool = False,
 ) -> Rendered:
     """Lay out one example.
@@ -146,7 +144,7 @@ def _chat_example_pieces(example: ChatExample, turns: LabelledTurns, for_generat
         raise ExampleError(
             f'example "{example.id}": no assistant message to learn from; add one, or use it for evaluation'
         )
-    return _chat_pieces(messages, labelled=answers if turns == "all" else answers[-1:])
+    return _chat_pieces(messages, labelled=answers if turns == LabelledTurns.all else answers[-1:])
 
 
 def _chat_pieces(messages: tuple[Message, ...], labelled: tuple[int, ...]) -> tuple[Piece, ...]:

@@ -21,20 +21,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import torch
 
+from qwen2audio_train.config.data import LossWeighting
 from qwen2audio_train.data.examples import DESIRABLE, PAIRED, UNDESIRABLE
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import NUM_MEL_BINS
 
-LossWeighting = Literal["token", "sample", "task"]
 Batch = dict[str, torch.Tensor]
 
 
-def pack(samples: Sequence[Sample], loss_weighting: LossWeighting = "token", num_mel_bins: int = NUM_MEL_BINS) -> Batch:
+def pack(
+    samples: Sequence[Sample],
+    loss_weighting: LossWeighting = LossWeighting.token,
+    num_mel_bins: int = NUM_MEL_BINS,
+) -> Batch:
     """The packed batch of some samples; of none it is a filler of one token without targets.
 
     `weight` of a target is `sample.weight` under "token", so that every label counts the same, and

@@ -12,22 +12,20 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.config.data import DataConfig
+from qwen2audio_train.config.data import DataConfig, LongAudio, SampleRecipe
 from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
-from qwen2audio_train.data.audio.decode import AudioError, probe
-from qwen2audio_train.data.examples import Clip, Example, TaskExample, clips_of
+from qwen2audio_train.data.audio.decode import probe
+from qwen2audio_train.data.examples import Clip, Example, TaskExample
 from qwen2audio_train.data.order.index import Measured
-from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference
-from qwen2audio_train.data.samples.sample import Sample, SampleOptions, materialise
-from qwen2audio_train.data.storage.blobs import BlobError
-from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.data.samples.recipe import plain, recipe_of, render_as
+from qwen2audio_train.data.samples.sample import Sample, clip_bytes, materialise
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
-MEASURED_OPTIONS = ("prompt_style", "prompt_seed", "labelled_turns", "long_audio")
-"""What the number of an example's tokens depends on, beside the tokenizer."""
+MEASURED_KEYS = ("prompt_style", "prompt_seed", "labelled_turns", "long_audio")
+"""Fields of the recipe that the number of an example's tokens depends on, beside the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,13 @@ class Maker:
     """Turns examples into what the planner counts and into samples. Pickles, and runs in the workers.
 
     Args:
+        max_tokens: longer samples are refused, as a pack would not take them.
         task_weights: factor on the weight of a sample by its task.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    options: SampleOptions
-    remote: Remote
+    recipe: SampleRecipe
+    max_tokens: int | None = None
     task_weights: Mapping[str, float] = field(default_factory=dict)
     augmenter: Augmenter | None = None
 
@@ -49,74 +48,82 @@ class Maker:
         """Names everything that `measure` depends on."""
         text = self.tokenizer.backend_tokenizer.to_str()
         tokenizer = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        return json.dumps([tokenizer, *(getattr(self.options, name) for name in MEASURED_OPTIONS)])
+        return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS)])
 
     def measure(self, example: Example, contents: Sequence[bytes | None] | None = None) -> Measured:
-        """Tokens and seconds of an example, without decoding; a missing duration is read from the file's header.
-
-        Args:
-            contents: bytes of the clips' files, where they are at hand.
-
-        Raises:
-            ExampleError: nothing to learn from it, or a clip over 30 s where those are rejected.
-            AudioError: a header that had to be read cannot be.
-        """
-        options = self.options
-        rendered = render(
-            example,
-            prompt_style=options.prompt_style,
-            seed=options.prompt_seed,
-            labelled_turns=options.labelled_turns,
-        )
-        at_hand = iter(contents or [None] * len(rendered.clips))
-        trunk = tuple(
-            self._with_duration(piece, next(at_hand)) if isinstance(piece, Clip) else piece for piece in rendered.trunk
-        )
-        rendered = dataclasses.replace(rendered, trunk=trunk)
-        durations = [clip.duration_s or 0.0 for clip in rendered.clips]
-        if options.long_audio == "reject" and any(num_frames(num_samples_of(d)) > MAX_FRAMES for d in durations):
-            raise ExampleError(
-                f'example "{example.id}": {max(durations):.2f} s of audio, and data.long_audio rejects over 30 s'
-            )
-        count = count_tokens(rendered, self.tokenizer)
-        return Measured(sum(durations), count.audio, count.total - count.audio, rendered.task)
+        """See `measure`."""
+        return measure(example, self.tokenizer, self.recipe, contents=contents)
 
     def make(
         self, example: Example, source: int, number: int, contents: Sequence[bytes | None] | None = None
     ) -> Sample:
         """The sample of an example of source `source`, in pass `number` over it. Raises AudioError, ExampleError."""
-        contents = contents or [None] * len(clips_of(example))
-        pairs = zip(clips_of(example), contents, strict=True)
         task = example.task if isinstance(example, TaskExample) else "chat"
         augment = self.augmenter.for_example(number, example.id) if self.augmenter else (None, None)
-        return materialise(
+        sample = materialise(
             example,
             self.tokenizer,
-            self.options,
+            self.recipe,
             source_id=source,
             weight=self.task_weights.get(task, 1.0),
-            audio_bytes=[self._bytes(clip) if data is None else data for clip, data in pairs],
+            audio_bytes=contents,
             augment_waveform=augment[0],
             augment_mel=augment[1],
         )
-
-    def _with_duration(self, clip: Clip, data: bytes | None) -> Clip:
-        if clip.duration_s is not None:
-            return clip
-        info = probe(clip.path, self._bytes(clip) if data is None else data)
-        return dataclasses.replace(clip, duration_s=info.duration_s - clip.start_s)
-
-    def _bytes(self, clip: Clip) -> bytes | None:
-        """Bytes of the clip's file where it is no plain local one. Raises AudioError."""
-        try:
-            return self.remote.read_clip(clip.path, self.options.limits.max_bytes)
-        except BlobError as error:
-            raise AudioError(clip.path, str(error)) from error
+        if self.max_tokens is not None and sample.num_tokens > self.max_tokens:
+            raise ExampleError(
+                f'example "{sample.id}": {sample.num_tokens} tokens ({len(sample.audio_slot)} of them audio) are '
+                f"beyond the limit of {self.max_tokens}, and nothing is cut off; shorten it, or raise the limit"
+            )
+        return sample
 
 
-def remote_of(data: DataConfig) -> Remote:
-    """How the recipe wants remote files to be read."""
-    return Remote(data.cache_dir, data.cache_max_gib, data.network_retries, data.network_timeout_s)
+def measure(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: SampleRecipe,
+    *,
+    contents: Sequence[bytes | None] | None = None,
+    for_generation: bool = False,
+) -> Measured:
+    """Tokens and seconds of an example, without decoding; a missing duration is read from the file's header.
+
+    Args:
+        contents: bytes of the clips' files, where they are at hand.
+        for_generation: of the prompt alone.
+
+    Raises:
+        ExampleError: nothing to learn from it, or a clip over 30 s where those are rejected.
+        AudioError: a header that had to be read cannot be.
+    """
+    rendered = render_as(recipe, example, for_generation=for_generation)
+    at_hand = iter(contents or [None] * len(rendered.clips))
+    trunk = tuple(
+        with_duration(piece, recipe, next(at_hand)) if isinstance(piece, Clip) else piece for piece in rendered.trunk
+    )
+    rendered = dataclasses.replace(rendered, trunk=trunk)
+    durations = [clip.duration_s or 0.0 for clip in rendered.clips]
+    if recipe.long_audio is LongAudio.reject and any(map(is_long, durations)):
+        raise ExampleError(
+            f'example "{example.id}": {max(durations):.2f} s of audio, and data.long_audio rejects over 30 s'
+        )
+    count = count_tokens(rendered, tokenizer)
+    return Measured(sum(durations), count.audio, count.total - count.audio, rendered.task)
+
+
+def with_duration(clip: Clip, recipe: SampleRecipe, data: bytes | None = None) -> Clip:
+    """The clip with its duration, read from the header of the file (or of its `data`) where the manifest has none."""
+    if clip.duration_s is not None:
+        return clip
+    end_s = clip.end_s
+    if end_s is None:
+        end_s = probe(clip.path, clip_bytes(clip, recipe) if data is None else data).duration_s
+    return dataclasses.replace(clip, duration_s=end_s - clip.start_s)
+
+
+def is_long(duration_s: float) -> bool:
+    """Whether a clip needs more than one encoder window (30 s)."""
+    return num_frames(num_samples_of(duration_s)) > MAX_FRAMES
 
 
 def maker_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase, num_mel_bins: int) -> Maker:
@@ -124,19 +131,12 @@ def maker_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase, num_mel_bins:
     augmenter = augmenter_of(data.augment, data.seed)
     limit = min(data.max_tokens_per_example or data.tokens_per_pack, data.tokens_per_pack)
     slowest = min(1.0, *data.augment.speed_factors) if data.augment.speed else 1.0
-    options = SampleOptions(
-        prompt_style=data.prompt_style.value,
-        prompt_seed=data.prompt_seed,
-        labelled_turns=data.labelled_turns.value,
-        long_audio=data.long_audio.value,
-        max_tokens=math.ceil(limit / slowest),
-        num_mel_bins=num_mel_bins,
-    )
-    return Maker(tokenizer, options, remote_of(data), augmenter=augmenter)
+    recipe = recipe_of(data, num_mel_bins)
+    return Maker(tokenizer, recipe, math.ceil(limit / slowest), augmenter=augmenter)
 
 
 def collator_of(data: DataConfig, num_mel_bins: int, is_preference: bool) -> Callable[[Sequence[Sample]], Batch]:
     """What lays the samples of a batch end to end."""
     if is_preference:
         return partial(pack_preference, num_mel_bins=num_mel_bins)
-    return partial(pack, loss_weighting=data.loss_weighting.value, num_mel_bins=num_mel_bins)
+    return partial(pack, loss_weighting=data.loss_weighting, num_mel_bins=num_mel_bins)

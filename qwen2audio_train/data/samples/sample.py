@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.data.audio.decode import AudioLimits, load_audio
+from qwen2audio_train.config.data import LongAudio, SampleRecipe
+from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, load_audio
 from qwen2audio_train.data.audio.mel import log_mel
-from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.prompts.pools import PromptStyle
-from qwen2audio_train.data.prompts.render import LabelledTurns, Rendered, render
+from qwen2audio_train.data.examples import Clip, Example
+from qwen2audio_train.data.prompts.render import Rendered
 from qwen2audio_train.data.prompts.tokenize import tokenize
+from qwen2audio_train.data.samples.recipe import remote_of, render_as
+from qwen2audio_train.data.storage.blobs import BlobError
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.layout import MAX_SAMPLES, NUM_MEL_BINS, SAMPLING_RATE, window_samples
+from qwen2audio_train.layout import MAX_SAMPLES, SAMPLING_RATE, window_samples
 
-LongAudio = Literal["reject", "split"]
+LIMITS = AudioLimits()
 
 DURATION_TOLERANCE_S = 0.5
 """A clip may be so much (or 2 %) longer or shorter than its manifest says: encoders pad, and durations are rounded."""
@@ -59,23 +60,10 @@ class Sample:
         return len(self.input_ids) + sum(len(branch) for branch in self.branches)
 
 
-@dataclass(frozen=True)
-class SampleOptions:
-    """How examples become samples; the names are those of `data:` in a recipe."""
-
-    prompt_style: PromptStyle = "natural"
-    prompt_seed: int = 0
-    labelled_turns: LabelledTurns = "all"
-    long_audio: LongAudio = "split"
-    max_tokens: int | None = None
-    num_mel_bins: int = NUM_MEL_BINS
-    limits: AudioLimits = field(default_factory=AudioLimits)
-
-
 def materialise(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
-    options: SampleOptions = SampleOptions(),
+    recipe: SampleRecipe = SampleRecipe(),
     *,
     source_id: int = 0,
     weight: float = 1.0,
@@ -87,52 +75,57 @@ def materialise(
     """Render, decode and tokenise one example.
 
     Args:
-        audio_bytes: contents of the clips' files, None for those that are to be opened by their paths.
+        audio_bytes: contents of the clips' files, None for those that are to be read from where they lie.
         augment_waveform: (n,) float32 -> (n',) float32, applied to every clip.
         augment_mel: (mel, L) -> mel of the same shape, applied to every encoder window.
 
     Raises:
-        ExampleError: too long (nothing is ever cut off), without anything to learn, or a clip that is not as long as
+        ExampleError: without anything to learn, or a clip that is over 30 s where those are rejected, or not as long as
             its manifest says.
         AudioError: a clip cannot be read.
     """
-    rendered = render(
-        example,
-        prompt_style=options.prompt_style,
-        seed=options.prompt_seed,
-        labelled_turns=options.labelled_turns,
-        for_generation=for_generation,
-    )
+    rendered = render_as(recipe, example, for_generation=for_generation)
     contents = audio_bytes if audio_bytes is not None else [None] * len(rendered.clips)
     began = time.perf_counter()
-    waveforms = [load_audio(clip, data, options.limits) for clip, data in zip(rendered.clips, contents, strict=True)]
+    waveforms = [
+        load_audio(clip, clip_bytes(clip, recipe) if data is None else data, LIMITS)
+        for clip, data in zip(rendered.clips, contents, strict=True)
+    ]
     decode_s = time.perf_counter() - began
     _check_durations(rendered, waveforms)
     if augment_waveform is not None:
         waveforms = [augment_waveform(waveform) for waveform in waveforms]
     sample = build_sample(
-        rendered, waveforms, tokenizer, options, source_id=source_id, weight=weight, augment_mel=augment_mel
+        rendered, waveforms, tokenizer, recipe, source_id=source_id, weight=weight, augment_mel=augment_mel
     )
     return replace(sample, decode_s=decode_s)
+
+
+def clip_bytes(clip: Clip, recipe: SampleRecipe) -> bytes | None:
+    """Bytes of a clip's file where it is no plain local one. Raises AudioError."""
+    try:
+        return remote_of(recipe).read_clip(clip.path, LIMITS.max_bytes)
+    except BlobError as error:
+        raise AudioError(clip.path, str(error)) from error
 
 
 def build_sample(
     rendered: Rendered,
     waveforms: Sequence[np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
-    options: SampleOptions = SampleOptions(),
+    recipe: SampleRecipe = SampleRecipe(),
     *,
     source_id: int = 0,
     weight: float = 1.0,
     augment_mel: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> Sample:
     """A sample from what is rendered and from the clips' samples at 16 kHz (one waveform per clip, in order)."""
-    _check_long_audio(rendered, waveforms, options)
+    _check_long_audio(rendered, waveforms, recipe)
     tokens = tokenize(rendered, tokenizer, [len(waveform) for waveform in waveforms])
-    features = [log_mel(window, options.num_mel_bins) for waveform in waveforms for window in _windows(waveform)]
+    features = [log_mel(window, recipe.num_mel_bins) for waveform in waveforms for window in _windows(waveform)]
     if augment_mel is not None:
         features = [(augment_mel(mel, frames), frames) for mel, frames in features]
-    sample = Sample(
+    return Sample(
         id=rendered.id,
         source=rendered.source,
         task=rendered.task,
@@ -145,12 +138,6 @@ def build_sample(
         source_id=source_id,
         weight=weight,
     )
-    if options.max_tokens is not None and sample.num_tokens > options.max_tokens:
-        raise ExampleError(
-            f'example "{sample.id}": {sample.num_tokens} tokens ({len(sample.audio_slot)} of them audio) are beyond '
-            f"the limit of {options.max_tokens}, and nothing is cut off; shorten it, or raise the limit"
-        )
-    return sample
 
 
 def _windows(waveform: np.ndarray) -> list[np.ndarray]:
@@ -172,8 +159,8 @@ def _check_durations(rendered: Rendered, waveforms: Sequence[np.ndarray]) -> Non
         )
 
 
-def _check_long_audio(rendered: Rendered, waveforms: Sequence[np.ndarray], options: SampleOptions) -> None:
-    if options.long_audio == "split":
+def _check_long_audio(rendered: Rendered, waveforms: Sequence[np.ndarray], recipe: SampleRecipe) -> None:
+    if recipe.long_audio is LongAudio.split:
         return
     for clip, waveform in zip(rendered.clips, waveforms, strict=True):
         if len(waveform) > MAX_SAMPLES:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwen2audio_train.config.data import PromptStyle
 from qwen2audio_train.data.examples import ChatExample, Example, Message, TaskExample
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
@@ -68,5 +69,5 @@ def chats_of(examples: Iterable[Example], seed: int = 0) -> Iterator[ChatExample
 
 def written_question(example: TaskExample, seed: int) -> str:
     """A prompt of the task's pool as a user writes it, chosen by the seed and the example's id."""
-    template = choose_prompt(example, "natural", seed)
+    template = choose_prompt(example, PromptStyle.natural, seed)
     return template.prompt.format(**prompt_fields(example)).rstrip()

@@ -58,9 +58,9 @@ def show(options: ShowOptions, colour: bool = False) -> str:
     example = find_example(options.manifest, options.example)
     rendered = render(
         example,
-        prompt_style=options.prompt_style.value,
+        prompt_style=options.prompt_style,
         seed=options.prompt_seed,
-        labelled_turns=options.labelled_turns.value,
+        labelled_turns=options.labelled_turns,
         for_generation=options.for_generation,
     )
     waveforms = [load_audio(clip) for clip in rendered.clips]

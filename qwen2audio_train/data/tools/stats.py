@@ -13,14 +13,20 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from qwen2audio_train.config.data import DataConfig, LabelledTurns, LongAudio, PromptStyle, SourceConfig
+from qwen2audio_train.config.data import (
+    DataConfig,
+    LabelledTurns,
+    LongAudio,
+    PromptStyle,
+    SampleRecipe,
+    SourceConfig,
+)
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import probe
 from qwen2audio_train.data.examples import Example, clips_of, task_of
 from qwen2audio_train.data.manifests.cache import find_manifests
 from qwen2audio_train.data.order.index import Index, Measure, Measured, open_index
-from qwen2audio_train.data.samples.maker import maker_of, remote_of
-from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.data.samples.maker import maker_of, with_duration
+from qwen2audio_train.data.samples.recipe import recipe_of, remote_of
 from qwen2audio_train.layout import NUM_MEL_BINS, num_clip_tokens, num_samples_of
 
 BINS_S = (0, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, float("inf"))
@@ -89,7 +95,7 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
         long_audio=options.long_audio,
         cache_dir=options.cache_dir,
     )
-    measure: Measure = partial(measure_audio, remote=remote_of(data))
+    measure: Measure = partial(measure_audio, recipe=recipe_of(data, NUM_MEL_BINS))
     key = "audio"
     if options.tokenizer is not None:
         maker = maker_of(data, AutoTokenizer.from_pretrained(options.tokenizer), NUM_MEL_BINS)
@@ -101,13 +107,11 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
     return indexes
 
 
-def measure_audio(example: Example, remote: Remote) -> Measured:
+def measure_audio(example: Example, recipe: SampleRecipe) -> Measured:
     """What can be said of an example without a tokenizer: its audio. Raises AudioError."""
     seconds, tokens = 0.0, 0
     for clip in clips_of(example):
-        length = clip.duration_s
-        if length is None:
-            length = probe(clip.path, remote.read_clip(clip.path, 2**30)).duration_s - clip.start_s
+        length = with_duration(clip, recipe).duration_s or 0.0
         seconds += length
         tokens += num_clip_tokens(num_samples_of(length))
     return Measured(seconds, tokens, 0, task_of(example))

@@ -9,13 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.data.audio.decode import probe
-from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
-from qwen2audio_train.data.prompts.render import render
-from qwen2audio_train.data.prompts.tokenize import tokenize
-from qwen2audio_train.data.samples.sample import Sample, SampleOptions, materialise
+from qwen2audio_train.config.data import SampleRecipe
+from qwen2audio_train.data.examples import Example, clips_of, with_clips
+from qwen2audio_train.data.samples.maker import measure
+from qwen2audio_train.data.samples.sample import Sample, materialise
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.layout import num_samples_of
 
 LOADING_THREADS = 4
 """Threads that decode the audio of the next batch while the model works on this one."""
@@ -36,7 +34,7 @@ class LazySamples(Sequence[Sample | None]):
         self,
         examples: Sequence[Example],
         tokenizer: PreTrainedTokenizerBase,
-        options: SampleOptions,
+        recipe: SampleRecipe,
         *,
         for_generation: bool,
         audio: Audio = "own",
@@ -44,7 +42,7 @@ class LazySamples(Sequence[Sample | None]):
     ) -> None:
         self.examples = swap_audio(examples, seed) if audio == "swapped" else list(examples)
         self.tokenizer = tokenizer
-        self.options = options
+        self.recipe = recipe
         self.for_generation = for_generation
         self.silent = audio == "silence"
         self.failed: dict[int, str] = {}
@@ -60,7 +58,7 @@ class LazySamples(Sequence[Sample | None]):
             return materialise(
                 self.examples[index],
                 self.tokenizer,
-                self.options,
+                self.recipe,
                 for_generation=self.for_generation,
                 augment_waveform=np.zeros_like if self.silent else None,
             )
@@ -69,20 +67,13 @@ class LazySamples(Sequence[Sample | None]):
             return None
 
     def _length(self, index: int) -> int:
-        example, options = self.examples[index], self.options
+        example = self.examples[index]
         try:
-            rendered = render(
-                example,
-                prompt_style=options.prompt_style,
-                seed=options.prompt_seed,
-                labelled_turns=options.labelled_turns,
-                for_generation=self.for_generation,
-            )
-            tokens = tokenize(rendered, self.tokenizer, [_num_samples(clip) for clip in rendered.clips])
+            found = measure(example, self.tokenizer, self.recipe, for_generation=self.for_generation)
         except ExampleError as error:
             self.failed[index] = str(error)
             return 0
-        return len(tokens.input_ids) + sum(map(len, tokens.branches))
+        return found.audio_tokens + found.text_tokens
 
 
 def load_ahead(
@@ -120,10 +111,3 @@ def swap_audio(examples: Sequence[Example], seed: int = 0) -> list[Example]:
             if other is not None:
                 swapped[index] = with_clips(examples[index], other)
     return [swapped[index] for index in sorted(swapped)]
-
-
-def _num_samples(clip: Clip) -> int:
-    if clip.duration_s is not None:
-        return num_samples_of(clip.duration_s)
-    info = probe(clip.path)
-    return num_samples_of((clip.end_s or info.duration_s) - clip.start_s)

@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample
-from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.data.samples.recipe import plain as plain_recipe
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
@@ -55,7 +56,7 @@ class Evaluation:
         texts: per example what was asked for and what was decoded.
         failed: ids of the examples that are in no score, with the reason.
         caveats: what keeps the numbers from being exactly comparable with others'.
-        settings: how it was decoded.
+        settings: how it was asked and decoded.
     """
 
     rows: tuple[Row, ...]
@@ -71,7 +72,7 @@ def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    options: SampleOptions,
+    recipe: SampleRecipe,
     *,
     decoding: Decoding = GREEDY,
     train_examples: Iterable[Example] = (),
@@ -94,11 +95,11 @@ def evaluate(
     started = time.perf_counter()
     if any(isinstance(example, PreferenceExample | UnpairedExample) for example in examples):
         raise UserError("preference examples have no single right answer: score them with score_pairs")
-    prompts = LazySamples(examples, tokenizer, options, for_generation=True, audio=audio, seed=seed)
+    prompts = LazySamples(examples, tokenizer, recipe, for_generation=True, audio=audio, seed=seed)
     items = [item for item in map(item_of, prompts.examples) if item is not None]
     texts = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)
     learnable = [e for e, item in zip(prompts.examples, items, strict=True) if item.reference is not None]
-    whole = LazySamples(learnable, tokenizer, options, for_generation=False)
+    whole = LazySamples(learnable, tokenizer, recipe, for_generation=False)
     loss = held_out_loss(learnable, score_labels(model, tokenizer, whole, decoding.tokens_per_batch))
     decoded = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
     rows = score_texts(decoded, Seen.of(train_examples), bootstrap_samples=bootstrap_samples, seed=seed)
@@ -108,7 +109,7 @@ def evaluate(
         texts=tuple(_text_record(item, text) for item, text in decoded),
         failed={prompts.examples[index].id: reason for index, reason in sorted(prompts.failed.items())},
         caveats=tuple(caveats(item.language for item in items if item.metric == "error_rate")),
-        settings={"audio": audio, "seed": seed, **dataclasses.asdict(decoding)},
+        settings={"audio": audio, "seed": seed, **dataclasses.asdict(decoding), "sample": plain_recipe(recipe)},
         wall_s=time.perf_counter() - started,
     )
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Example, PreferenceExample
 from qwen2audio_train.data.samples.collate import pack
-from qwen2audio_train.data.samples.sample import Sample, SampleOptions
+from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples, load_ahead
 from qwen2audio_train.evaluation.decoding.ranks import gather, is_sharded, rank_and_world
 from qwen2audio_train.evaluation.scoring.bootstrap import Score, mean_score, proportion
@@ -96,7 +97,7 @@ def score_pairs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[PreferenceExample],
-    options: SampleOptions,
+    recipe: SampleRecipe,
     *,
     audio: Audio = "own",
     reference: nn.Module | None = None,
@@ -112,7 +113,7 @@ def score_pairs(
             "silence" hears zeros. A model that listens loses its lead in both.
         reference: model of the rewards; the policy itself where its adapter is to be switched off.
     """
-    samples = LazySamples(examples, tokenizer, options, for_generation=False, audio=audio, seed=seed)
+    samples = LazySamples(examples, tokenizer, recipe, for_generation=False, audio=audio, seed=seed)
 
     def differences(scorer: nn.Module) -> np.ndarray:
         scores = score_labels(scorer, tokenizer, samples, tokens_per_batch)

@@ -20,7 +20,7 @@ from qwen2audio_train.training.trainers.encoder import EncoderTrainer
 def byte_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
     """A tokenizer without merges: every byte of a transcript is a token."""
     languages = languages_of(training_examples(config.data))
-    return train_tokenizer([], 2**16, tag_tokens(languages, config.data.prompt_style.value))
+    return train_tokenizer([], 2**16, tag_tokens(languages, config.data.prompt_style))
 
 
 def build_recogniser(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Recogniser:

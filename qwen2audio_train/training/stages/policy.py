@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as zero
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import (
     AdapterKind,
     ConfigError,
@@ -21,6 +22,7 @@ from qwen2audio_train.config.schema import (
     ModelKind,
     StageConfig,
 )
+from qwen2audio_train.data.samples.recipe import FILE, overridden, plain, saved_recipe
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
@@ -90,26 +92,71 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
     return adapted
 
 
+class Loaded(NamedTuple):
+    """A checkpoint for inference, on this rank's device.
+
+    Attributes:
+        samples: how examples become the model's samples.
+        caveats: where these may not be made as in its training.
+        base: what an unmerged adapter lies on.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    samples: SampleRecipe
+    caveats: tuple[str, ...] = ()
+    base: str | None = None
+
+
 def load_for_inference(
-    checkpoint: str, *, num_threads: int = 0, dtype: Dtype = Dtype.float32, merge: bool = True
-) -> tuple[Any, PreTrainedTokenizerBase, str | None]:
-    """Model and tokenizer of a checkpoint on this rank's device, and the base that an unmerged adapter lies on.
+    checkpoint: str,
+    *,
+    samples: Mapping[str, Any] | None = None,
+    num_threads: int = 0,
+    dtype: Dtype = Dtype.float32,
+    merge: bool = True,
+) -> Loaded:
+    """Model and tokenizer of a checkpoint, with the recipe of the samples that it was trained on.
+
+    Args:
+        samples: fields of that recipe to replace.
 
     Raises:
-        ConfigError: the checkpoint is not there.
+        ConfigError: the checkpoint is not there, or `samples` names what no recipe has.
     """
     warnings_only()
     if num_threads:
         torch.set_num_threads(num_threads)
     folder = folders.weights_folder(checkpoint)
     base = base_of(folder)
+    saved = saved_recipe(folder)
+    recipe = overridden(saved or SampleRecipe(), samples or {})
     model: Any = PackedQwen2Audio.from_pretrained(base, dtype=getattr(torch, dtype.value))
     if base != folder:
         model = load_adapter(model, folder, trainable=False)
         if merge:
             model = merge_adapter(model)
     unmerged = base if base != folder and not merge else None
-    return model.to(process().device).eval(), AutoTokenizer.from_pretrained(folder), unmerged
+    audio_config: Any = unwrap(model).config.audio_config
+    recipe = replace(recipe, num_mel_bins=audio_config.num_mel_bins)
+    caveats = differences(folder, saved, recipe, samples or {})
+    return Loaded(model.to(process().device).eval(), AutoTokenizer.from_pretrained(folder), recipe, caveats, unmerged)
+
+
+def differences(
+    folder: str, saved: SampleRecipe | None, recipe: SampleRecipe, given: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Where samples may not be made as they were in training, in words."""
+    used = plain(recipe)
+    if saved is None:
+        listed = ", ".join(f"{key}={value}" for key, value in used.items())
+        return (f"{folder} has no {FILE}, so samples are made with {listed}",)
+    trained = plain(saved)
+    return tuple(
+        f"sample.{key}={used[key]}, where the checkpoint was trained with {trained[key]}"
+        for key in given
+        if used[key] != trained[key]
+    )
 
 
 def _resolved(model: ModelConfig) -> ModelConfig:

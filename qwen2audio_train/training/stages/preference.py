@@ -19,8 +19,7 @@ from qwen2audio_train.config.schema import ConfigError, Objective, PreferenceCon
 from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.loading.build import Loader, eval_batches
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
-from qwen2audio_train.data.samples.maker import remote_of
-from qwen2audio_train.data.samples.sample import SampleOptions
+from qwen2audio_train.data.samples.recipe import recipe_of, remote_of
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.training.reference.cache import ReferenceCache, reference_id
 from qwen2audio_train.training.reference.reference import reference_digest
@@ -158,13 +157,13 @@ def probes(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prob
     examples = list(islice(_held_out_preferences(config), config.preference.probe_examples))
     if not examples:
         return []
-    options = SampleOptions(num_mel_bins=config.model.num_mel_bins)
+    samples = recipe_of(config.data, config.model.num_mel_bins)
     decoding = Decoding(max_new_tokens=PROBE_NEW_TOKENS, seed=config.seed)
-    found = [drift_probe(tokenizer, examples, options, decoding)]
+    found = [drift_probe(tokenizer, examples, samples, decoding)]
     if pairs := [example for example in examples if isinstance(example, PreferenceExample)]:
-        found.append(listening_probe(tokenizer, pairs, options, seed=config.seed))
+        found.append(listening_probe(tokenizer, pairs, samples, seed=config.seed))
     if asked := [_with_answer(pair) for pair in pairs if pair.meta.get("task")]:
-        found.append(decoded_probe(tokenizer, asked, options, decoding))
+        found.append(decoded_probe(tokenizer, asked, samples, decoding))
     return found
 
 

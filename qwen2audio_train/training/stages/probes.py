@@ -18,8 +18,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import ChatExample, Example, PreferenceExample, UnpairedExample
-from qwen2audio_train.data.samples.sample import SampleOptions
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 def listening_probe(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[PreferenceExample],
-    options: SampleOptions,
+    recipe: SampleRecipe,
     *,
     tokens_per_batch: int = 8192,
     seed: int = 0,
@@ -51,7 +51,7 @@ def listening_probe(
                     model,
                     tokenizer,
                     pairs,
-                    options,
+                    recipe,
                     audio=audio,
                     tokens_per_batch=tokens_per_batch,
                     seed=seed,
@@ -75,7 +75,7 @@ def listening_probe(
 def drift_probe(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Example],
-    options: SampleOptions,
+    recipe: SampleRecipe,
     decoding: Decoding,
 ) -> Probe:
     """Answers sampled at temperature 1: their length, and how far the policy is from the reference.
@@ -87,7 +87,7 @@ def drift_probe(
     decoding = replace(decoding, temperature=1.0, top_p=1.0, num_return_sequences=2)
 
     def probe(trainer: PreferenceTrainer) -> dict[str, float]:
-        asked = LazySamples(prompts, tokenizer, options, for_generation=True)
+        asked = LazySamples(prompts, tokenizer, recipe, for_generation=True)
         texts = sample_texts(trainer.model, tokenizer, asked, decoding, asked.lengths)
         drawn = [text for answers in texts for text in answers or ()]
         figures = {"drift/characters": float(np.mean([len(text) for text in drawn]))} if drawn else {}
@@ -98,7 +98,7 @@ def drift_probe(
         answered = [_answered(example, answers) for example, answers in zip(prompts, ended, strict=True) if answers]
         if not answered:
             return figures
-        samples = LazySamples(answered, tokenizer, options, for_generation=False)
+        samples = LazySamples(answered, tokenizer, recipe, for_generation=False)
 
         def logps(model: Any) -> np.ndarray:
             scores = score_labels(model, tokenizer, samples, decoding.tokens_per_batch)
@@ -114,12 +114,12 @@ def drift_probe(
 
 
 def decoded_probe(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], options: SampleOptions, decoding: Decoding
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], recipe: SampleRecipe, decoding: Decoding
 ) -> Probe:
     """Scores of greedy answers to held-out examples (task or chat form), as evaluation has them."""
 
     def probe(trainer: PreferenceTrainer) -> dict[str, float]:
-        found = evaluate(trainer.model, tokenizer, examples, options, decoding=decoding, bootstrap_samples=0)
+        found = evaluate(trainer.model, tokenizer, examples, recipe, decoding=decoding, bootstrap_samples=0)
         return {f"decoded/{row.score.metric}/{row.source}": row.score.value for row in found.rows if not row.kind}
 
     return probe

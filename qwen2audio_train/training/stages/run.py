@@ -21,7 +21,7 @@ from qwen2audio_train.config.schema import (
     DataConfig,
     StageConfig,
 )
-from qwen2audio_train.data.prompts.tokenizer import save_processor
+from qwen2audio_train.data.samples.recipe import recipe_of, save_inputs
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.stages.process import process, warnings_only
 from qwen2audio_train.training.trainers.packed import PackedTrainer, RunFiles
@@ -76,7 +76,8 @@ def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFil
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "versions": {name: version(name) for name in PACKAGES},
     }
-    return RunFiles(text, lineage, partial(save_processor, tokenizer, num_mel_bins=config.model.num_mel_bins))
+    samples = recipe_of(config.data, config.model.num_mel_bins)
+    return RunFiles(text, lineage, partial(save_inputs, tokenizer, samples))
 
 
 def base_hash(config: StageConfig) -> dict[str, str] | None:

@@ -19,7 +19,7 @@ from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
 from qwen2audio_train.data.prompts.pools import tag_tokens
 from qwen2audio_train.data.prompts.render import Text, render
 from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
-from qwen2audio_train.data.samples.maker import remote_of
+from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.stages.policy import base_of
 
@@ -38,7 +38,7 @@ def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
     if config.model.kind is ModelKind.assembled:
         return as_qwen2_audio(load_tokenizer("model.language_model", config.model.language_model))
     examples = list(training_examples(config.data))
-    tags = tag_tokens(languages_of(examples), config.data.prompt_style.value)
+    tags = tag_tokens(languages_of(examples), config.data.prompt_style)
     return train_tokenizer(texts_of(examples, config.data), config.model.vocab_size, tags)
 
 
@@ -67,7 +67,7 @@ def training_examples(data: DataConfig) -> Iterator[Example]:
 def texts_of(examples: Iterable[Example], data: DataConfig) -> Iterator[str]:
     """What is written and asked in the examples, without the special tokens."""
     for example in examples:
-        rendered = render(example, prompt_style=data.prompt_style.value, seed=data.prompt_seed)
+        rendered = render(example, prompt_style=data.prompt_style, seed=data.prompt_seed)
         for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
             if isinstance(piece, Text):
                 yield from filter(None, SPECIAL_TOKEN.split(piece.text))

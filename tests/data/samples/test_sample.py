@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from qwen2audio_train.config.data import LongAudio, PromptStyle, SampleRecipe
 from qwen2audio_train.data.audio.decode import AudioError, load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
@@ -17,7 +19,8 @@ from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import pack
-from qwen2audio_train.data.samples.sample import SampleOptions, materialise
+from qwen2audio_train.data.samples.maker import Maker, measure, with_duration
+from qwen2audio_train.data.samples.sample import materialise
 from qwen2audio_train.errors import ExampleError
 
 Tone = Callable[..., Path]
@@ -61,26 +64,26 @@ def test_long_audio(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> Non
     assert sample.clip_frames == (3_000, 3_000, 100)
     assert len(sample.audio_slot) == 750 + 750 + 25
     with pytest.raises(ExampleError, match=r'"a1": .*a\.wav is 61\.00 s long .* data\.long_audio=split'):
-        materialise(example, tokenizer, SampleOptions(long_audio="reject"))
+        materialise(example, tokenizer, SampleRecipe(long_audio=LongAudio.reject))
 
 
 def test_nothing_is_cut_off(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
     example = asr(write_tone("a.wav"))
     length = materialise(example, tokenizer).num_tokens
-    assert materialise(example, tokenizer, SampleOptions(max_tokens=length)).num_tokens == length
+    assert Maker(tokenizer, SampleRecipe(), length).make(example, 0, 0).num_tokens == length
     with pytest.raises(
         ExampleError, match=rf'"a1": {length} tokens \(25 of them audio\) are beyond the limit of {length - 1}'
     ):
-        materialise(example, tokenizer, SampleOptions(max_tokens=length - 1))
+        Maker(tokenizer, SampleRecipe(), length - 1).make(example, 0, 0)
 
 
 def test_options_and_augmentation(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
     example = asr(write_tone("a.wav"))
-    options = SampleOptions(num_mel_bins=80, prompt_style="hierarchical_tags")
+    samples = SampleRecipe(num_mel_bins=80, prompt_style=PromptStyle.hierarchical_tags)
     sample = materialise(
         example,
         tokenizer,
-        options,
+        samples,
         augment_waveform=lambda waveform: waveform[:8_000],
         augment_mel=lambda mel, frames: mel + frames,
     )
@@ -89,6 +92,25 @@ def test_options_and_augmentation(write_tone: Tone, tokenizer: PreTrainedTokeniz
     np.testing.assert_array_equal(sample.mels[0], mel + 50)
     assert len(sample.audio_slot) == 12
     assert "<|startoftranscript|>" in tokenizer.decode(sample.input_ids)
+
+
+def test_remote_clips_are_read_as_the_recipe_says(
+    write_tone: Tone, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(write_tone("a.wav"), "a.wav")
+    samples = SampleRecipe(cache_dir=str(tmp_path / "here"))
+    example = TaskExample("a1", Clip(f"file://{tmp_path}/s.tar::a.wav", None), "asr", "en", "hello", "s")
+    length = measure(example, tokenizer, samples)
+    assert (length.duration_s, length.audio_tokens) == (1.0, 25)
+    assert materialise(example, tokenizer, samples).num_tokens == length.audio_tokens + length.text_tokens
+    assert [path.name[-5:] for path in (tmp_path / "here" / "shards").glob("*.tar")] == ["s.tar"]
+
+
+def test_the_length_of_a_slice_without_duration(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = str(write_tone("a.wav"))
+    lengths = [with_duration(Clip(path, None, *cut), SampleRecipe()).duration_s for cut in ((), (0.25,), (0.25, 0.75))]
+    assert lengths == [1.0, 0.75, 0.5]
 
 
 def test_clips_from_memory(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,7 @@ from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_tex
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, score_texts, table
 from qwen2audio_train.evaluation.scoring.items import Seen, item_of
-from tests.evaluation.tiny import OPTIONS, noise, tiny_model, tiny_tokenizer
+from tests.evaluation.tiny import SAMPLES, noise, tiny_model, tiny_tokenizer
 
 CLIP = Clip("a.wav", 1.0)
 
@@ -169,10 +169,10 @@ def test_evaluation_end_to_end(examples, tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     broken = replace(examples[0], id="broken", clip=Clip(str(tmp_path / "absent.wav"), 1.0))
     decoding = Decoding(max_new_tokens=5)
-    result = evaluate(model, tokenizer, [*examples[:3], broken, *examples[3:]], OPTIONS, decoding=decoding)
+    result = evaluate(model, tokenizer, [*examples[:3], broken, *examples[3:]], SAMPLES, decoding=decoding)
 
     texts = {record["id"]: record["text"] for record in result.texts}
-    prompts = LazySamples(examples, tokenizer, OPTIONS, for_generation=True)
+    prompts = LazySamples(examples, tokenizer, SAMPLES, for_generation=True)
     assert texts == dict(
         zip([e.id for e in examples], generate_texts(model, tokenizer, prompts, decoding, prompts.lengths), strict=True)
     )
@@ -197,7 +197,7 @@ def test_evaluation_end_to_end(examples, tmp_path):
 def test_without_its_audio_the_model_says_something_else(examples):
     model, decoding = tiny_model(), Decoding(max_new_tokens=5)
     heard, silent, swapped = (
-        evaluate(model, tiny_tokenizer(), examples[:5], OPTIONS, decoding=decoding, audio=audio)
+        evaluate(model, tiny_tokenizer(), examples[:5], SAMPLES, decoding=decoding, audio=audio)
         for audio in ("own", "silence", "swapped")
     )
     assert len({tuple(r["text"] for r in result.texts) for result in (heard, silent, swapped)}) == 3
@@ -206,7 +206,7 @@ def test_without_its_audio_the_model_says_something_else(examples):
 def test_preferences_are_refused():
     pair = PreferenceExample("p", (Message("user", (CLIP,)),), "a", ("b",), "dpo")
     with pytest.raises(ValueError, match="score_pairs"):
-        evaluate(tiny_model(), tiny_tokenizer(), [pair], OPTIONS)
+        evaluate(tiny_model(), tiny_tokenizer(), [pair], SAMPLES)
 
 
 def test_columns_line_up_over_chinese_text():

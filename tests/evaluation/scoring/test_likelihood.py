@@ -12,7 +12,7 @@ from qwen2audio_train.data.samples.sample import materialise
 from qwen2audio_train.evaluation.decoding.generate import embed_prompts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples, swap_audio
 from qwen2audio_train.evaluation.scoring.likelihood import held_out_loss, score_labels, score_pairs
-from tests.evaluation.tiny import OPTIONS, noise, tiny_model, tiny_tokenizer
+from tests.evaluation.tiny import SAMPLES, noise, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def stock_logp(model, sample, answer):
 
 
 def test_label_scores_are_those_of_the_stock_forward(model, tasks):
-    samples = LazySamples(tasks, tiny_tokenizer(), OPTIONS, for_generation=False)
+    samples = LazySamples(tasks, tiny_tokenizer(), SAMPLES, for_generation=False)
     scores = score_labels(model, tiny_tokenizer(), samples, tokens_per_batch=60)
     for sample, score in zip(samples, scores, strict=True):
         labels = int(sample.label_mask.sum())
@@ -71,7 +71,7 @@ def test_label_scores_are_those_of_the_stock_forward(model, tasks):
 
 
 def test_branches_are_scored_after_their_prompt(model, pairs):
-    samples = LazySamples(pairs, tiny_tokenizer(), OPTIONS, for_generation=False)
+    samples = LazySamples(pairs, tiny_tokenizer(), SAMPLES, for_generation=False)
     scores = score_labels(model, tiny_tokenizer(), samples)
     for sample, score in zip(samples, scores, strict=True):
         expected = [stock_logp(model, sample, branch) for branch in sample.branches]
@@ -79,7 +79,7 @@ def test_branches_are_scored_after_their_prompt(model, pairs):
 
 
 def test_loss_is_per_source_and_per_label(model, tasks):
-    samples = LazySamples(tasks, tiny_tokenizer(), OPTIONS, for_generation=False)
+    samples = LazySamples(tasks, tiny_tokenizer(), SAMPLES, for_generation=False)
     scores = score_labels(model, tiny_tokenizer(), samples)
     losses = held_out_loss(tasks, scores)
     assert set(losses) == {"a", "b"}
@@ -90,7 +90,7 @@ def test_loss_is_per_source_and_per_label(model, tasks):
 def test_a_broken_clip_costs_its_own_sample_only(model, tasks, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     broken = replace(tasks[0], id="broken", clip=Clip(str(tmp_path / "broken.wav"), 1.0))
-    samples = LazySamples([broken, tasks[1]], tiny_tokenizer(), OPTIONS, for_generation=False)
+    samples = LazySamples([broken, tasks[1]], tiny_tokenizer(), SAMPLES, for_generation=False)
     scores = score_labels(model, tiny_tokenizer(), samples)
     assert scores[0] is None
     assert scores[1] is not None
@@ -99,8 +99,8 @@ def test_a_broken_clip_costs_its_own_sample_only(model, tasks, tmp_path):
 
 
 def test_pairs_are_counted_per_rejected_answer(model, pairs):
-    scores = score_pairs(model, tiny_tokenizer(), pairs, OPTIONS)
-    labels = score_labels(model, tiny_tokenizer(), LazySamples(pairs, tiny_tokenizer(), OPTIONS, for_generation=False))
+    scores = score_pairs(model, tiny_tokenizer(), pairs, SAMPLES)
+    labels = score_labels(model, tiny_tokenizer(), LazySamples(pairs, tiny_tokenizer(), SAMPLES, for_generation=False))
     gaps = [s.logps[0] - rejected for s in labels for rejected in s.logps[1:]]
     assert scores.accuracy.n == 9
     assert scores.accuracy.value == pytest.approx(np.mean(np.array(gaps) > 0))
@@ -109,30 +109,30 @@ def test_pairs_are_counted_per_rejected_answer(model, pairs):
 
 
 def test_rewards_are_relative_to_the_reference(model, pairs):
-    same = score_pairs(model, tiny_tokenizer(), pairs, OPTIONS, reference=tiny_model(spread=3.0))
+    same = score_pairs(model, tiny_tokenizer(), pairs, SAMPLES, reference=tiny_model(spread=3.0))
     assert same.reward_margin.value == pytest.approx(0.0, abs=1e-9)
-    other = score_pairs(model, tiny_tokenizer(), pairs, OPTIONS, reference=tiny_model(seed=1, spread=3.0), beta=0.5)
-    theirs = score_pairs(tiny_model(seed=1, spread=3.0), tiny_tokenizer(), pairs, OPTIONS)
+    other = score_pairs(model, tiny_tokenizer(), pairs, SAMPLES, reference=tiny_model(seed=1, spread=3.0), beta=0.5)
+    theirs = score_pairs(tiny_model(seed=1, spread=3.0), tiny_tokenizer(), pairs, SAMPLES)
     assert other.reward_margin.value == pytest.approx(0.5 * (other.margin.value - theirs.margin.value), rel=1e-6)
 
 
 def test_a_model_without_adapter_is_not_its_own_reference(model, pairs):
     with pytest.raises(TypeError, match="no adapter"):
-        score_pairs(model, tiny_tokenizer(), pairs, OPTIONS, reference=model)
+        score_pairs(model, tiny_tokenizer(), pairs, SAMPLES, reference=model)
 
 
 def test_what_is_heard_matters(model, pairs):
     margins = {
-        audio: score_pairs(model, tiny_tokenizer(), pairs, OPTIONS, audio=audio).margin.value
+        audio: score_pairs(model, tiny_tokenizer(), pairs, SAMPLES, audio=audio).margin.value
         for audio in ("own", "swapped", "silence")
     }
     assert len(set(margins.values())) == 3
 
 
 def test_silence_keeps_the_length(tasks):
-    samples = LazySamples(tasks, tiny_tokenizer(), OPTIONS, for_generation=False, audio="silence")
+    samples = LazySamples(tasks, tiny_tokenizer(), SAMPLES, for_generation=False, audio="silence")
     for silent, example in zip(samples, tasks, strict=True):
-        heard = materialise(example, tiny_tokenizer(), OPTIONS)
+        heard = materialise(example, tiny_tokenizer(), SAMPLES)
         assert silent.clip_frames == heard.clip_frames
         assert np.ptp(silent.mels[0][:, : silent.clip_frames[0]]) == 0 < np.ptp(heard.mels[0])
 

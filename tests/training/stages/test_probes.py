@@ -31,7 +31,7 @@ from qwen2audio_train.training.stages.preference import every_training_pair, pre
 from qwen2audio_train.training.stages.probes import HeldOutGuard, decoded_probe, drift_probe, listening_probe
 from qwen2audio_train.training.stages.run import open_run
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer
-from tests.evaluation.tiny import ARCHITECTURE, MEL_BINS, OPTIONS, noise, tiny_model, tiny_tokenizer
+from tests.evaluation.tiny import ARCHITECTURE, MEL_BINS, SAMPLES, noise, tiny_model, tiny_tokenizer
 from tests.training.pairs import batches_of, config, our_trainer, random_pair
 
 DECODING = Decoding(max_new_tokens=4)
@@ -71,7 +71,7 @@ def test_a_policy_that_is_its_reference_has_no_margin_and_no_kl(
     # A random model's answers do not end: what is drawn is given here, the second answer being one that was cut off.
     monkeypatch.setattr(guards, "sample_texts", lambda *_: [["a", "the cat sat on the mat"] for _ in pairs])
     tokenizer = tiny_tokenizer()
-    probes = [listening_probe(tokenizer, pairs, OPTIONS), drift_probe(tokenizer, pairs, OPTIONS, DECODING)]
+    probes = [listening_probe(tokenizer, pairs, SAMPLES), drift_probe(tokenizer, pairs, SAMPLES, DECODING)]
     trainer = trainer_of(lora(), tmp_path, probes)
     found = trainer.evaluate()
     for audio in ("own", "swapped", "silence"):
@@ -83,7 +83,7 @@ def test_a_policy_that_is_its_reference_has_no_margin_and_no_kl(
     margins = [moved[f"eval_listening/margin_{audio}"] for audio in ("own", "swapped", "silence")]
     assert len(set(margins)) == 3
     answers = [replace(pair, chosen="a", rejected=()) for pair in pairs]
-    samples = LazySamples(answers, tokenizer, OPTIONS, for_generation=False)
+    samples = LazySamples(answers, tokenizer, SAMPLES, for_generation=False)
     own = [score.logps[0] for score in score_labels(trainer.model, tokenizer, samples) if score]
     with trainer.model.disable_adapter():
         base = [score.logps[0] for score in score_labels(trainer.model, tokenizer, samples) if score]
@@ -94,7 +94,7 @@ def test_a_policy_that_is_its_reference_has_no_margin_and_no_kl(
 
 def test_without_a_reference_margins_are_of_log_probabilities(pairs: list[PreferenceExample]) -> None:
     model = tiny_model(spread=1.0)
-    probe = listening_probe(tiny_tokenizer(), pairs, OPTIONS)
+    probe = listening_probe(tiny_tokenizer(), pairs, SAMPLES)
 
     class NoReference:
         beta = 0.1
@@ -111,7 +111,7 @@ def test_without_a_reference_margins_are_of_log_probabilities(pairs: list[Prefer
 
 def test_decoded_probe_gives_the_tasks_own_metric(pairs: list[PreferenceExample], tmp_path: Path) -> None:
     asked = [ChatExample(p.id, (*p.prompt, Message("assistant", (p.chosen,))), "s", meta=p.meta) for p in pairs]
-    trainer = trainer_of(lora(), tmp_path, [decoded_probe(tiny_tokenizer(), asked, OPTIONS, DECODING)])
+    trainer = trainer_of(lora(), tmp_path, [decoded_probe(tiny_tokenizer(), asked, SAMPLES, DECODING)])
     found = trainer.evaluate()
     assert 0.5 < found["eval_decoded/wer/s"] <= 4.0
 

@@ -17,7 +17,8 @@ from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.data.samples.collate import pack
-from qwen2audio_train.data.samples.sample import SampleOptions, materialise
+from qwen2audio_train.data.samples.recipe import recipe_of
+from qwen2audio_train.data.samples.sample import materialise
 from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.run import open_run
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer
@@ -65,11 +66,11 @@ def alone(noise: Path, config: StageConfig) -> tuple[torch.nn.Module, dict[str, 
     open_run(config)
     tokenizer = build_tokenizer(config)
     model = build_policy(config, tokenizer)
-    options = SampleOptions(num_mel_bins=config.model.num_mel_bins)
+    samples = recipe_of(config.data, config.model.num_mel_bins)
     losses: dict[str, list[Tensor]] = {}
     for source in config.data.sources:
         for example in read_manifest(noise / f"{source}.jsonl"):
-            batch = pack([materialise(example, tokenizer, options)], num_mel_bins=config.model.num_mel_bins)
+            batch = pack([materialise(example, tokenizer, samples)], num_mel_bins=config.model.num_mel_bins)
             hidden = model.model(
                 **{k: v for k, v in batch.items() if k not in ("predict_from", "target", "source_id", "weight")}
             ).last_hidden_state[0]
