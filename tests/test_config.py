@@ -71,8 +71,11 @@ TRAINER_WRONG = [
     ("trainer.save_strategy=stepz", "trainer.save_strategy: 'stepz' is no choice; did you mean steps?"),
     ("trainer.save_strategy=no", "trainer.save_strategy: YAML reads a bare no or off as false; put it in quotes"),
     ("trainer.warmup_steps=-1", "trainer.warmup_steps: -1 is too small"),
-    ("trainer.logging_steps=0", "trainer: "),
-    ("trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor: has no effect on how this project trains"),
+    ("trainer.logging_steps=0", "trainer.logging_steps: 0 is too small; expected 1 or more, or a share of max_steps"),
+    (
+        "trainer.label_smoothing_factor=0.1",
+        "trainer.label_smoothing_factor: has no place in this project: Trainer smooths dense logits",
+    ),
 ]
 
 

@@ -18,7 +18,8 @@ from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Stage, Sta
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage
 from qwen2audio_train.evaluation.reporting.summary import RunSummary, StageRecord, write_summary
-from qwen2audio_train.training.stages.arguments import arguments_class, check_trainer_keys
+from qwen2audio_train.training.stages.argument_table import check_trainer_keys
+from qwen2audio_train.training.stages.arguments import arguments_class
 from qwen2audio_train.training.stages.run import as_yaml
 
 LEDGER = "ledger.json"
