@@ -99,7 +99,8 @@ def _schedule_misfits(given: Mapping[str, Any]) -> Iterator[str]:
         for step in {0, steps // 2, steps}:
             schedule.lr_lambdas[0](step)
     except (TypeError, ValueError, KeyError) as error:
-        taken = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+        make: Callable[..., Any] = TYPE_TO_SCHEDULER_FUNCTION[name]  # type: ignore[assignment]
+        taken = inspect.signature(make).parameters
         known = sorted(set(taken) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"})
         yield f"trainer.lr_scheduler_kwargs: {name} refuses {dict(options)} ({error}); it takes {', '.join(known)}"
 
