@@ -193,7 +193,7 @@ def texts_of(checkpoint: Path, examples: Sequence[Example]) -> dict[str, str]:
 
 def _counted(item: Any, said: str, wanted: str) -> tuple[str, int, int]:
     if item.metric == "hallucination":
-        return f"words on {item.source}", int(metrics.hallucination([wanted], [said], None, samples=0).value), 1
+        return f"words on {item.source}", metrics.wrote_words([wanted], [said], None)[0], 1
     if item.metric == "error_rate":
         (edits,), (length,) = metrics.edit_counts([wanted], [said], [item.language])
         return "error rate", edits, length

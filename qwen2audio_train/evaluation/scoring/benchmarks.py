@@ -30,6 +30,13 @@ class Benchmark:
     prompt: str = ""
     published: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    card: str = ""
+    version: int = 1
+
+    @property
+    def stamp(self) -> str:
+        """Name and version, for every number that is made by it: `librispeech_test_clean/1`."""
+        return f"{self.name}/{self.version}"
 
     def example(
         self, name: str, clip: Clip, target: str, *, question: str | None = None, choices: Sequence[str] = ()
@@ -50,7 +57,8 @@ class Benchmark:
         ]
         prompt = self.prompt.format(question=question, choices="\n".join(lines))
         answer = LETTERS[list(choices).index(target)] if self.metric == "letter" else target
-        messages = (Message("user", (clip, prompt)), Message("assistant", (answer,)))
+        asked = (clip, prompt) if prompt else (clip,)
+        messages = (Message("user", asked), Message("assistant", (answer,)))
         return ChatExample(name, messages, self.name, meta={**meta, "task": self.task})
 
 

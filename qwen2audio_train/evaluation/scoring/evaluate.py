@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,11 @@ from qwen2audio_train.data.samples.recipe import plain as plain_recipe
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
-from qwen2audio_train.evaluation.scoring import metrics
-from qwen2audio_train.evaluation.scoring.benchmarks import benchmarks
-from qwen2audio_train.evaluation.scoring.bootstrap import Score, proportion, ratio_score
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, held_out_loss, score_labels
-from qwen2audio_train.evaluation.scoring.normalise import caveats, normalise
+from qwen2audio_train.evaluation.scoring.normalise import caveats
+from qwen2audio_train.evaluation.scoring.score import Row, score_texts
 from qwen2audio_train.evaluation.scoring.table import NAMES, aligned, extra_text, interval_text, value_text
-
-
-@dataclass(frozen=True)
-class Row:
-    """One score; `kind` names a part of the source, "" is all of it. `published` are other people's figures for it."""
-
-    source: str
-    task: str
-    language: str | None
-    kind: str
-    score: Score
-    published: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,115 +100,9 @@ def evaluate(
     )
 
 
-def score_texts(
-    decoded: Sequence[tuple[Item, str]], seen: Seen, *, bootstrap_samples: int = 1000, seed: int = 0
-) -> list[Row]:
-    """Scores of decoded texts, grouped by source, task, language and metric."""
-    groups: dict[tuple[str, str, str | None, str | None], list[tuple[Item, str]]] = {}
-    for item, text in decoded:
-        if item.reference is not None and item.metric not in (None, "judge"):
-            groups.setdefault((item.source, item.task, item.language, item.metric), []).append((item, text))
-    settings: dict[str, Any] = {"samples": bootstrap_samples, "seed": seed}
-    rows = []
-    for (source, task, language, _), group in groups.items():
-        known = benchmarks().get(source)
-        published = dict(known.published) if known else {}
-        main, *others = _score_group(group, seen, settings)
-        rows.append(Row(source, task, language, "", main, published))
-        rows += [Row(source, task, language, "", score) for score in others]
-        rows += [Row(source, task, language, kind, score) for kind, score in _by_kind(group, seen, settings)]
-    return rows
-
-
-def _score_group(group: Sequence[tuple[Item, str]], seen: Seen, settings: dict[str, Any]) -> list[Score]:
-    items, texts = [item for item, _ in group], [text for _, text in group]
-    references, language, metric = [item.reference or "" for item in items], items[0].language, items[0].metric
-    if metric == "error_rate":
-        scores = [metrics.error_rate(references, texts, language, **settings), *_unseen(items, texts, seen, settings)]
-    elif metric == "hallucination":
-        scores = [metrics.hallucination(references, texts, language, **settings)]
-    elif metric == "bleu":
-        scores = [metrics.bleu(references, texts, items[0].text_language, **settings)]
-    elif metric == "choice":
-        scores = [_multiple_choice(items, texts, settings)]
-    elif metric == "letter":
-        scores = [_letters(items, texts, settings)]
-    else:
-        by_kind: dict[Any, set[str]] = {}
-        for item, reference in zip(items, references, strict=True):
-            by_kind.setdefault(item.meta.get("kind"), set()).add(normalise(reference, language))
-        scores = [
-            metrics.accuracy(
-                references,
-                texts,
-                language=language,
-                exact=metric == "exact_accuracy",
-                choices=[item.meta.get("choices") or sorted(by_kind[item.meta.get("kind")]) for item in items],
-                majority=seen.majority(items),
-                **settings,
-            )
-        ]
-    return scores + _mode_confusion(items, texts, settings)
-
-
-def _unseen(items: Sequence[Item], texts: Sequence[str], seen: Seen, settings: dict[str, Any]) -> list[Score]:
-    """Words that training never had, over the utterances that hold one."""
-    found = [(item, text, seen.unseen_words(item)) for item, text in zip(items, texts, strict=True)]
-    kept = [(item.reference or "", text, words) for item, text, words in found if words]
-    if not kept:
-        return []
-    references, hypotheses, words = zip(*kept, strict=True)
-    missed, present = metrics.unseen_word_counts(references, hypotheses, items[0].language, words)
-    return [ratio_score("unseen_word_error_rate", missed, present, extra={"words": float(sum(present))}, **settings)]
-
-
-def _mode_confusion(items: Sequence[Item], texts: Sequence[str], settings: dict[str, Any]) -> list[Score]:
-    """Voice chats answered as if asked to transcribe, and transcriptions answered as if asked the question."""
-    chats, transcripts = [], []
-    for item, text in zip(items, texts, strict=True):
-        reference, answer = item.reference or "", item.meta.get("answer")
-        if item.metric != "error_rate" and item.question is None and item.said and item.task == "voice_chat":
-            chats.append(int(metrics.confused(text, reference, item.said, item.language)))
-        elif item.metric == "error_rate" and answer:
-            transcripts.append(int(metrics.confused(text, reference, answer, item.language)))
-    found = (("transcribed_instead", chats), ("answered_instead", transcripts))
-    return [proportion(metric, flags, **settings) for metric, flags in found if flags]
-
-
-def _by_kind(group: Sequence[tuple[Item, str]], seen: Seen, settings: dict[str, Any]) -> list[tuple[str, Score]]:
-    parts: dict[str, list[tuple[Item, str]]] = {}
-    for item, text in group:
-        if item.metric == "accuracy" and item.meta.get("kind"):
-            parts.setdefault(str(item.meta["kind"]), []).append((item, text))
-    if len(parts) < 2:
-        return []
-    return [(kind, _score_group(part, seen, settings)[0]) for kind, part in sorted(parts.items())]
-
-
-def _multiple_choice(items: Sequence[Item], texts: Sequence[str], settings: dict[str, Any]) -> Score:
-    choices = [item.meta.get("choices", ()) for item in items]
-    right = [
-        int(metrics.chose_answer(item.reference or "", text, options))
-        for item, text, options in zip(items, texts, choices, strict=True)
-    ]
-    extra = {"chance": sum(1 / max(1, len(options)) for options in choices) / len(items)}
-    return proportion("accuracy", right, extra=extra, **settings)
-
-
-def _letters(items: Sequence[Item], texts: Sequence[str], settings: dict[str, Any]) -> Score:
-    said = [metrics.chosen_letter(text) for text in texts]
-    right = [int(letter == item.reference) for letter, item in zip(said, items, strict=True)]
-    extra = {
-        "chance": sum(1 / max(1, len(item.meta.get("choices", ()))) for item in items) / len(items),
-        "unparsed": float(sum(letter is None for letter in said)),
-    }
-    return proportion("accuracy", right, extra=extra, **settings)
-
-
 def _text_record(item: Item, text: str) -> dict[str, Any]:
-    fields = {"id": item.id, "source": item.source, "task": item.task, "language": item.language}
-    asked = {"question": item.question, "reference": item.reference}
-    return {**fields, **asked, "text": text, "meta": dict(item.meta)}
+    """All fields of the item, so that it can be scored again, and what was decoded."""
+    return {**dataclasses.asdict(item), "text": text}
 
 
 def save(result: Evaluation, folder: str | Path) -> None:
@@ -274,5 +154,5 @@ def table(rows: Sequence[Row]) -> str:
                 published,
             ]
         )
-    header = ["source", "task", "lang", "metric", "value", "95 %", "n", "guessing", "published"]
+    header = ["source", "task", "lang", "metric", "value", "95 %", "n", "beside it", "published"]
     return aligned(header, cells, right=(4, 6))

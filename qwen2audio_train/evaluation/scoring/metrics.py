@@ -13,13 +13,19 @@ from sacrebleu.metrics import BLEU
 from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.evaluation.scoring.bootstrap import Counts, Score, proportion, ratio_score, resampled_score
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER, normalise, units
+from qwen2audio_train.evaluation.scoring.recipes import REFERENCE, ErrorRateRecipe, Units, counts
 
 
 def edit_counts(
-    references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str | None]
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    languages: Sequence[str | None],
+    recipe: ErrorRateRecipe = REFERENCE,
 ) -> tuple[list[int], list[int]]:
-    """Edits and reference length per utterance, in the units of each language (see `normalise.units`)."""
-    aligned = _align(references, hypotheses, languages)
+    """Edits and reference length per utterance, in the units of the recipe and of each language."""
+    if recipe.merge_compounds:
+        return counts(recipe, references, hypotheses, languages[0] if languages else None)
+    aligned = _align(references, hypotheses, languages, recipe.units)
     edits = [sum(_length(chunk) for chunk in chunks if chunk.type != "equal") for _, chunks in aligned]
     return edits, [len(words) for words, _ in aligned]
 
@@ -29,11 +35,12 @@ def error_rate(
     hypotheses: Sequence[str],
     language: str | None,
     *,
+    recipe: ErrorRateRecipe = REFERENCE,
     samples: int = 1000,
     seed: int = 0,
 ) -> Score:
     """Word error rate, or the character error rate in languages written without spaces, over the corpus."""
-    edits, lengths = edit_counts(references, hypotheses, [language] * len(references))
+    edits, lengths = edit_counts(references, hypotheses, [language] * len(references), recipe)
     metric = "cer" if language in PER_CHARACTER else "wer"
     empty = sum(not text.strip() for text in hypotheses)
     return ratio_score(metric, edits, lengths, samples=samples, seed=seed, extra={"empty_hypotheses": float(empty)})
@@ -129,11 +136,19 @@ def is_right(
     return [int(_key(wanted, language, exact) == _key(said, language, exact)) for wanted, said in pairs]
 
 
-def chose_answer(answer: str, hypothesis: str, choices: Sequence[str]) -> bool:
-    """String match of MMAU: every word of the answer occurs, and none that only wrong choices have."""
-    said, wanted = _words(hypothesis), _words(answer)
-    wrong = set().union(*(_words(choice) - wanted for choice in choices if _words(choice) != wanted))
-    return bool(said) and wanted <= said and not said & wrong
+def chosen_option(hypothesis: str, choices: Sequence[str]) -> str | None:
+    """The option that an answer names by MMAU's string match; None where it names none, or two of the same words.
+
+    An option is named when every word of it occurs, and no word that only other options have. So it agrees with the
+    benchmark's own scoring on which answers are right, and tells a wrong option from no option besides.
+    """
+    said, words = _words(hypothesis), [_words(choice) for choice in choices]
+    named = [
+        choice
+        for choice, own in zip(choices, words, strict=True)
+        if own and own <= said and not said & set().union(*(other - own for other in words))
+    ]
+    return named[0] if len({frozenset(_words(choice)) for choice in named}) == 1 else None
 
 
 def chosen_letter(hypothesis: str) -> str | None:
@@ -143,20 +158,12 @@ def chosen_letter(hypothesis: str) -> str | None:
     return found[-1] if found else None
 
 
-def hallucination(
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    language: str | None,
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-) -> Score:
-    """Share of answers to recordings without speech that have words: neither empty nor what was to be said."""
-    wrote = [
+def wrote_words(references: Sequence[str], hypotheses: Sequence[str], language: str | None) -> list[int]:
+    """1 where the answer to a recording without speech has words: it is neither empty nor what was to be said."""
+    return [
         int(normalise(said, language) not in ("", normalise(wanted, language)))
         for wanted, said in zip(references, hypotheses, strict=True)
     ]
-    return proportion("hallucination", wrote, samples=samples, seed=seed)
 
 
 def confused(hypothesis: str, own: str, other: str, language: str | None) -> bool:
@@ -175,7 +182,7 @@ def _words(text: str) -> set[str]:
 
 
 def _align(
-    references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str | None]
+    references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str | None], units: Units = units
 ) -> list[tuple[list[str], list[jiwer.AlignmentChunk]]]:
     """Per utterance the reference's units and how the hypothesis follows them."""
     if not references:

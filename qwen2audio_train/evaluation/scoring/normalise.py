@@ -40,6 +40,15 @@ def normalise(text: str, language: str | None) -> str:
     return _BASIC(text).strip()
 
 
+def open_asr(text: str, language: str | None) -> str:
+    """`text` by the chain of the Open ASR leaderboard: Whisper's English normaliser, else the basic one.
+
+    The leaderboard keeps a copy of Whisper's normaliser with small changes of its own, which is not repeated here.
+    """
+    text = strip_tags(text)
+    return (_english()(text) if language in ("en", None) else _BASIC(text)).strip()
+
+
 def units(text: str, language: str | None) -> list[str]:
     """The words, or in Chinese, Cantonese and Japanese the characters, that an error rate counts."""
     words = normalise(text, language).split()

@@ -56,9 +56,13 @@ def _digits(metric: str) -> int:
 
 
 def extra_text(score: Score) -> str:
-    """What guessing gets."""
-    known = [(name, score.extra[name]) for name in ("chance", "majority") if name in score.extra]
-    return ", ".join(f"{name} {value_text(score.metric, value)}" for name, value in known)
+    """What guessing gets, other recipes' figures, and how many answers could not be read."""
+    shown = ["chance", "majority", *(name for name in score.extra if "/" in name)]  # other recipes bear a version
+    known = [(name, score.extra[name]) for name in shown if name in score.extra]
+    texts = [f"{name} {value_text(score.metric, value)}" for name, value in known]
+    if unparsed := score.extra.get("unparsed"):
+        texts.append(f"{unparsed:.0f} of {score.n} name no option")
+    return ", ".join(texts)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -34,8 +34,9 @@ from qwen2audio_train.evaluation.reporting.summary import (
     write_summary,
 )
 from qwen2audio_train.evaluation.scoring.bootstrap import Score
-from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, Row
+from qwen2audio_train.evaluation.scoring.evaluate import Evaluation
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores
+from qwen2audio_train.evaluation.scoring.score import Row
 
 WER = Score("wer", 0.125, 0.1, 0.15, 40, {"empty_hypotheses": 0.0})
 RIGHT = Score("accuracy", 0.9, 0.85, 0.95, 60, {"chance": 0.1, "majority": 0.2})

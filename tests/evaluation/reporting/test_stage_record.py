@@ -5,8 +5,9 @@ import json
 from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage, save_stage, stage_table
 from qwen2audio_train.evaluation.reporting.summary import RunSummary
 from qwen2audio_train.evaluation.scoring.bootstrap import Score
-from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, Row
+from qwen2audio_train.evaluation.scoring.evaluate import Evaluation
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores
+from qwen2audio_train.evaluation.scoring.score import Row
 
 
 def lines(path, records):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import soundfile
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
 from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
-from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, score_texts, table
-from qwen2audio_train.evaluation.scoring.items import Seen, item_of
+from qwen2audio_train.evaluation.scoring.benchmarks import benchmarks
+from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
+from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
+from qwen2audio_train.evaluation.scoring.score import score_texts
 from tests.evaluation.tiny import SAMPLES, noise, tiny_model, tiny_tokenizer
 
 CLIP = Clip("a.wav", 1.0)
@@ -130,7 +133,8 @@ def test_a_benchmark_is_scored_by_its_own_rules_beside_published_figures():
     emotion = TaskExample("1", CLIP, "ser", "en", "joy", "meld")
     (row,) = score_texts([(item_of(emotion), " joy"), (item_of(emotion), "Joy")], Seen())
     assert row.score.value == 0.5, "exact match after lstrip"
-    assert row.published == {"paper": 0.553, "converted": 0.535}
+    assert row.published == dict(benchmarks()["meld"].published)
+    assert (row.published["paper"], row.published["converted"]) == (0.553, 0.535)
     assert "paper 55.3 %" in table([row])
 
 
@@ -214,3 +218,33 @@ def test_columns_line_up_over_chinese_text():
     rows = [replace(row, source="中文" if row.language == "zh" else row.source) for row in rows]
     lines = table(rows).splitlines()
     assert lines[2].index("asr ") == lines[3].index("asr ") - 2
+
+
+def _decoded(metric, references, texts, **meta):
+    items = [
+        Item(str(i), "s", "asr" if metric == "error_rate" else "aqa", "en", None, None, reference, metric, meta)
+        for i, reference in enumerate(references)
+    ]
+    return list(zip(items, texts, strict=True))
+
+
+def test_every_error_rate_says_how_it_was_made():
+    (row,) = score_texts(_decoded("error_rate", ["It's a white paper."], ["it is a whitepaper"]), Seen())
+    assert (row.score.value, row.scoring) == (2 / 5, "reference/1")
+    assert row.score.extra["strict/1"] == 1.0
+    assert "strict/1 100.0 %" in table([row])
+    if find_spec("kaldialign"):  # compounds are one word
+        assert row.score.extra["open_asr/1"] == 0.0
+
+
+def test_an_answer_that_names_no_option_is_wrong_and_counted():
+    choices = ["a dog", "rain"]
+    (row, *_) = score_texts(
+        _decoded("choice", ["rain", "rain", "a dog"], ["rain", "no idea", "a dog or rain"], choices=choices), Seen()
+    )
+    assert (row.score.value, row.score.extra["unparsed"]) == (pytest.approx(1 / 3), 2.0)
+    (row, *_) = score_texts(_decoded("letter", ["A", "B"], ["(A) a dog", "hm"], choices=choices), Seen())
+    assert (row.score.value, row.score.extra["unparsed"]) == (0.5, 1.0)
+    (row, *_) = score_texts(_decoded("accuracy", ["rain", "a dog"], ["Rain!", "cat"], choices=choices), Seen())
+    assert (row.score.value, row.score.extra["unparsed"]) == (0.5, 1.0)
+    assert "1 of 2 name no option" in table([row])

@@ -136,7 +136,7 @@ def test_mode_confusion():
     [("a dog", True), ("It is a Dog barking", True), ("dog or cat", False), ("cat", False), ("", False), ("a", False)],
 )
 def test_string_match_of_mmau(hypothesis, right):
-    assert metrics.chose_answer("a dog", hypothesis, ["a dog", "a cat", "a bird"]) is right
+    assert (metrics.chosen_option(hypothesis, ["a dog", "a cat", "a bird"]) == "a dog") is right
 
 
 def test_paired_difference_is_narrower_than_the_two_intervals():
