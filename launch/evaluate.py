@@ -19,7 +19,9 @@ from qwen2audio_train.training.stages.process import process
 
 def main(config: EvaluateConfig) -> None:
     check_files(config)
-    loaded = load_for_inference(config.checkpoint, samples=config.sample, num_threads=config.num_threads)
+    loaded = load_for_inference(
+        config.checkpoint, samples=config.sample, num_threads=config.num_threads, dtype=config.dtype
+    )
     model, tokenizer, samples = loaded.model, loaded.tokenizer, loaded.samples
     decoding = Decoding(max_new_tokens=config.max_new_tokens, tokens_per_batch=config.tokens_per_batch)
     drawn = {"seed": config.seed, "bootstrap_samples": config.bootstrap_samples}

@@ -41,7 +41,9 @@ def run_sample(options: SamplingOptions) -> None:
     client = judge_client(options) if options.score == "judge" else None
     score = judge_scorer(client, outcomes) if client else scorer(options.score)
     questions = read_questions(options.manifests, options.seed)
-    loaded = load_for_inference(options.checkpoint, samples=options.sample, num_threads=options.num_threads)
+    loaded = load_for_inference(
+        options.checkpoint, samples=options.sample, num_threads=options.num_threads, dtype=options.dtype
+    )
     file, failed = answer(loaded.model, loaded.tokenizer, loaded.samples, questions, options)
     if not process().is_main_process:
         return

@@ -202,8 +202,7 @@ class PreferenceConfig:
 
 @dataclass
 class StageConfig:
-    """Everything that one stage needs; the root of `encoder.yaml`, `pretrain.yaml`, `sft.yaml` and
-    `dpo.yaml`.
+    """Everything that one stage needs; the root of `encoder.yaml`, `pretrain.yaml`, `sft.yaml` and `dpo.yaml`.
 
     Attributes:
         stage: which one.
@@ -245,7 +244,7 @@ class EvaluateConfig:
         train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
         max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
         pairs: preference manifest on which pair accuracy is measured.
-        sample: fields of the checkpoint's `SampleRecipe` to replace, such as `sample.prompt_style`.
+        sample, dtype: fields of the checkpoint's `SampleRecipe`, and the type of its weights, where they are to differ.
     """
 
     checkpoint: str = MISSING
@@ -260,6 +259,7 @@ class EvaluateConfig:
     num_threads: int = at_least(0, 0)
     bootstrap_samples: int = at_least(1, 1000)
     sample: dict[str, Any] = field(default_factory=dict)
+    dtype: Dtype | None = None
 
 
 @dataclass

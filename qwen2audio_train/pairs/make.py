@@ -16,13 +16,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.config.schema import ConfigError, nearest
+from qwen2audio_train.config.schema import ConfigError, Dtype, nearest
 from qwen2audio_train.data.examples import PreferenceExample
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
 from qwen2audio_train.data.samples.maker import MEASURED_KEYS
 from qwen2audio_train.data.samples.recipe import KEYS, plain
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.judging.client import Client, Endpoint
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.pairs.balance import Balance, balance
 from qwen2audio_train.pairs.candidates import CandidateFile, sample_candidates
 from qwen2audio_train.pairs.questions import Question, questions_of
@@ -49,6 +50,7 @@ class SamplingOptions:
         score: auto, error_rate, bleu, exact, judge, or a function of yours as `file.py:function`.
         chosen, min_margin, min_chosen, max_length_ratio, max_rejected: see `select.Selection`.
         judge: settings of the judge, for `score=judge`.
+        dtype: of the weights; unset: as they were saved.
         sample: fields of the checkpoint's `SampleRecipe` to replace, such as `sample.cache_dir`.
     """
 
@@ -70,6 +72,7 @@ class SamplingOptions:
     max_rejected: int = 1
     judge: dict[str, Any] = field(default_factory=dict)
     num_threads: int = 0
+    dtype: Dtype | None = None
     sample: dict[str, Any] = field(default_factory=dict, metadata={"choices": KEYS})
 
 
@@ -165,6 +168,7 @@ def answer(
     settings = {"checkpoint": options.checkpoint, "audio": options.audio.value, **dataclasses.asdict(decoding)}
     settings.pop("tokens_per_batch")
     settings["questions"] = questions_digest(questions)
+    settings["dtype"] = str(unwrap(model).dtype).removeprefix("torch.")
     settings["sample"] = {key: plain(recipe)[key] for key in MEASURED_KEYS}
     file = CandidateFile(Path(f"{options.output}.answers"), settings)
     failed = sample_candidates(model, tokenizer, questions, recipe, decoding, file, audio=options.audio.value)

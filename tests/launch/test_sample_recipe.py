@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
 from qwen2audio_train.config.data import LabelledTurns, LongAudio, PromptStyle, SampleRecipe
-from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.config.schema import ConfigError, Dtype
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.data.samples.recipe import FILE, overridden, plain, saved_recipe
 from qwen2audio_train.evaluation.decoding import lazy_samples
@@ -108,6 +111,30 @@ def test_an_export_carries_the_recipe_and_fields_are_overridden_by_name(trained:
     older = load_for_inference(str(tmp_path))
     assert older.samples == SampleRecipe(num_mel_bins=16)
     assert f"{tmp_path} has no {FILE}, so samples are made with prompt_style=natural" in older.caveats[0]
+
+
+def test_the_type_of_the_weights_is_that_of_the_saved_ones_unless_asked_for(trained: Path, tmp_path: Path) -> None:
+    loaded = load_for_inference(str(trained))
+    folder = export(loaded.model.bfloat16(), loaded.tokenizer, loaded.samples, tmp_path)
+    found = [load_for_inference(str(folder), dtype=dtype).model.dtype for dtype in (None, Dtype.float32)]
+    assert [loaded.model.dtype, *found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert load_for_inference(str(trained)).model.dtype == torch.float32
+
+
+def test_clips_over_30_s_are_counted_in_the_results(trained: Path, noise: Path, tmp_path: Path, call: Call) -> None:
+    soundfile.write(tmp_path / "long.wav", np.zeros(31 * 16_000), 16_000)
+    known = json.loads((noise / "speech.jsonl").read_text().splitlines()[0])
+    lines = [known | {"audio": f"{noise}/{known['audio']}"}, known | {"id": "long", "audio": f"{tmp_path}/long.wav"}]
+    lines[1].pop("duration_s")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [f"checkpoint={trained}", f"manifests.dev={tmp_path}/dev.jsonl", "max_new_tokens=2", "num_threads=1"]
+    rejected = call("evaluate", *given, "dtype=bfloat16", f"output_dir={tmp_path}/rejected")
+    split = call("evaluate", *given, "sample.long_audio=split", f"output_dir={tmp_path}/split")
+    assert "1 of 2 examples hold a clip over 30 s; they were left out" in rejected
+    assert "1 of 2 examples hold a clip over 30 s; all of it was heard" in split
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("rejected", "split")]
+    assert [sorted(found["failed"]) for found in metrics] == [["long"], []]
+    assert [found["settings"]["dtype"] for found in metrics] == ["bfloat16", "float32"]
 
 
 @pytest.mark.parametrize(

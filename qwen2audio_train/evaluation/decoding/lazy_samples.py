@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Example, clips_of, with_clips
-from qwen2audio_train.data.samples.maker import measure
+from qwen2audio_train.data.samples.maker import is_long, measure, with_duration
 from qwen2audio_train.data.samples.sample import Sample, materialise
 from qwen2audio_train.errors import ExampleError
 
@@ -28,6 +28,7 @@ class LazySamples(Sequence[Sample | None]):
     Attributes:
         lengths: tokens of every sample (from the manifest's durations, or else the files' headers).
         failed: why a sample could not be made, by index.
+        num_long: examples with a clip over 30 s.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LazySamples(Sequence[Sample | None]):
         self.for_generation = for_generation
         self.silent = audio == "silence"
         self.failed: dict[int, str] = {}
+        self.num_long = 0
         self.lengths = [self._length(index) for index in range(len(self.examples))]
 
     def __len__(self) -> int:
@@ -69,6 +71,9 @@ class LazySamples(Sequence[Sample | None]):
     def _length(self, index: int) -> int:
         example = self.examples[index]
         try:
+            clips = tuple(with_duration(clip, self.recipe) for clip in clips_of(example))
+            self.num_long += any(is_long(clip.duration_s or 0.0) for clip in clips)
+            example = with_clips(example, clips)
             found = measure(example, self.tokenizer, self.recipe, for_generation=self.for_generation)
         except ExampleError as error:
             self.failed[index] = str(error)

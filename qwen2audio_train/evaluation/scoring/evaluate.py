@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.config.data import SampleRecipe
+from qwen2audio_train.config.data import LongAudio, SampleRecipe
 from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.samples.recipe import plain as plain_recipe
 from qwen2audio_train.errors import UserError
@@ -30,6 +30,7 @@ from qwen2audio_train.evaluation.scoring.likelihood import PairScores, held_out_
 from qwen2audio_train.evaluation.scoring.normalise import caveats
 from qwen2audio_train.evaluation.scoring.score import Row, score_texts
 from qwen2audio_train.evaluation.scoring.table import NAMES, aligned, extra_text, interval_text, value_text
+from qwen2audio_train.model.packed import unwrap
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,28 @@ def evaluate(
         loss=loss,
         texts=tuple(_text_record(item, text) for item, text in decoded),
         failed={prompts.examples[index].id: reason for index, reason in sorted(prompts.failed.items())},
-        caveats=tuple(caveats(item.language for item in items if item.metric == "error_rate")),
-        settings={"audio": audio, "seed": seed, **dataclasses.asdict(decoding), "sample": plain_recipe(recipe)},
+        caveats=(*caveats(item.language for item in items if item.metric == "error_rate"), *_long_audio(prompts)),
+        settings={
+            "audio": audio,
+            "seed": seed,
+            **dataclasses.asdict(decoding),
+            "sample": plain_recipe(recipe),
+            "dtype": str(unwrap(model).dtype).removeprefix("torch."),
+        },
         wall_s=time.perf_counter() - started,
     )
+
+
+def _long_audio(prompts: LazySamples) -> list[str]:
+    if not prompts.num_long:
+        return []
+    found = f"{prompts.num_long} of {len(prompts)} examples hold a clip over 30 s"
+    if prompts.recipe.long_audio is LongAudio.reject:
+        return [f"{found}; they were left out (sample.long_audio=reject)"]
+    return [
+        f"{found}; all of it was heard, window by window, where the stock processor hears the first 30 s alone "
+        "(sample.long_audio=reject leaves them out)"
+    ]
 
 
 def _text_record(item: Item, text: str) -> dict[str, Any]:

@@ -113,13 +113,14 @@ def load_for_inference(
     *,
     samples: Mapping[str, Any] | None = None,
     num_threads: int = 0,
-    dtype: Dtype = Dtype.float32,
+    dtype: Dtype | None = None,
     merge: bool = True,
 ) -> Loaded:
     """Model and tokenizer of a checkpoint, with the recipe of the samples that it was trained on.
 
     Args:
         samples: fields of that recipe to replace.
+        dtype: of the weights; None leaves them as they were saved.
 
     Raises:
         ConfigError: the checkpoint is not there, or `samples` names what no recipe has.
@@ -131,7 +132,7 @@ def load_for_inference(
     base = base_of(folder)
     saved = saved_recipe(folder)
     recipe = overridden(saved or SampleRecipe(), samples or {})
-    model: Any = PackedQwen2Audio.from_pretrained(base, dtype=getattr(torch, dtype.value))
+    model: Any = PackedQwen2Audio.from_pretrained(base, dtype=dtype.value if dtype else "auto")
     if base != folder:
         model = load_adapter(model, folder, trainable=False)
         if merge:
