@@ -5,6 +5,7 @@ Shape legend: M labelled positions, d width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,16 @@ SCALED_ROWS = 2**14
 """Rows that are held in float32 at once while gradients are scaled."""
 
 
+LabelObjective = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""A loss other than the weighted sum: from the nll (m,) of the labels at a slice of M to their share of the loss () and
+its derivative by each nll (m,). It lets an objective of policies read and weigh log-probabilities in the one pass that
+makes the gradients."""
+
+
 class LabelLoss(NamedTuple):
     """What the labels of a pack cost."""
 
-    nll_sum: Tensor  # () float32, differentiable: sum of weight x nll
+    nll_sum: Tensor  # () float32, differentiable: sum of weight x nll, or the objective's loss
     nll: Tensor  # (M,) float32, detached
     correct: Tensor  # (M,) bool: the label is the most likely token
 
@@ -32,14 +39,22 @@ class LabelHead(nn.Linear):
     are. Called with hidden states alone it is the plain `nn.Linear`.
     """
 
-    def forward(self, hidden: Tensor, target: Tensor | None = None, weight: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor | None = None,
+        weight: Tensor | None = None,
+        objective: LabelObjective | None = None,
+    ) -> Any:
         """Logits of `hidden` (..., d), or, given `target` and `weight` (M,), the `LabelLoss` of `hidden` (M, d)."""
         if target is None:
             return super().forward(hidden)
-        return LabelLoss(*_LabelNll.apply(hidden, self.weight, target, weight, torch.is_grad_enabled()))
+        return LabelLoss(*_LabelNll.apply(hidden, self.weight, target, weight, objective, torch.is_grad_enabled()))
 
 
-def label_nll(hidden: Tensor, lm_head: nn.Module, target: Tensor, weight: Tensor) -> LabelLoss:
+def label_nll(
+    hidden: Tensor, lm_head: nn.Module, target: Tensor, weight: Tensor, objective: LabelObjective | None = None
+) -> LabelLoss:
     """Weighted negative log-likelihood of `target` (M,) given `hidden` (M, d).
 
     Logits are taken in the head's precision and turned to float32 before the softmax. With no label at all the sum is
@@ -48,8 +63,9 @@ def label_nll(hidden: Tensor, lm_head: nn.Module, target: Tensor, weight: Tensor
     Args:
         lm_head: a `LabelHead`, bare or wrapped by something that passes its arguments on.
         weight: (M,) float32 factor of every label in the sum.
+        objective: what to sum instead of weight x nll.
     """
-    out: LabelLoss = lm_head(hidden, target, weight)
+    out: LabelLoss = lm_head(hidden, target, weight, objective)
     return out
 
 
@@ -67,7 +83,13 @@ class _LabelNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, with_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        objective: LabelObjective | None,
+        with_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
@@ -77,6 +99,7 @@ class _LabelNll(torch.autograd.Function):
             dw = torch.zeros_like(w) if with_grad and ctx.needs_input_grad[1] else None
             nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
             correct = torch.empty(len(x), dtype=torch.bool, device=x.device)
+            loss = torch.zeros((), dtype=torch.float32, device=x.device)
             rows = chunk_rows(len(w))
             for start in range(0, len(x), rows):
                 at = slice(start, start + rows)
@@ -85,9 +108,13 @@ class _LabelNll(torch.autograd.Function):
                 top, likeliest = logits.max(dim=1)
                 total = logits.sub_(top.unsqueeze(1)).exp_().sum(dim=1)
                 nll[at], correct[at] = total.log() + top - label, likeliest == target[at]
+                slope = weight[at]
+                if objective is not None:
+                    share, slope = objective(nll[at], at)
+                    loss += share
                 if dx is None and dw is None:
                     continue
-                error = _error(logits, total, target[at], weight[at]).to(dtype)
+                error = _error(logits, total, target[at], slope).to(dtype)
                 if dx is not None:
                     torch.mm(error, w, out=dx[at])
                 if dw is not None:
@@ -97,16 +124,16 @@ class _LabelNll(torch.autograd.Function):
             None if dw is None else dw.to(head.dtype),
         )
         ctx.mark_non_differentiable(nll, correct)
-        return (nll * weight).sum(), nll, correct
+        return loss if objective is not None else (nll * weight).sum(), nll, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         # Scaled where they lie: that of the head is as large as the head. A second backward would find them scaled.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the loss of a pack can be differentiated once only; compute it anew")
         dx, dw = (None if g is None else _scale(g, grad) for g in grads)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def _scale(grads: Tensor, factor: Tensor) -> Tensor:

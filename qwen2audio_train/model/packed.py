@@ -27,7 +27,7 @@ from qwen2audio_train.layout import MIN_FRAMES, mel_columns
 from qwen2audio_train.model.attention import PACKED_ATTENTION, register_packed_attention
 from qwen2audio_train.model.encoder import encode_packed
 from qwen2audio_train.model.encoder_cache import EncoderCache
-from qwen2audio_train.model.loss import LabelHead, label_nll
+from qwen2audio_train.model.loss import LabelHead, LabelObjective, label_nll
 
 STOCK_ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
 """What a saved config names as its class, so that plain transformers loads it."""
@@ -192,7 +192,15 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         return self.forward_packed(*args, cu_q=cu_q, **kwargs)
 
     def forward_packed(
-        self, *, predict_from: Tensor, target: Tensor, weight: Tensor, source_id: Tensor | None = None, **batch: Tensor
+        self,
+        *,
+        predict_from: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        source_id: Tensor | None = None,
+        objective: LabelObjective | None = None,
+        temperature: float = 1.0,
+        **batch: Tensor,
     ) -> PackedOutput:
         """Loss of a packed batch.
 
@@ -200,10 +208,14 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
             predict_from, target: (M,) place in the row that predicts, and token that it should predict.
             weight: (M,) float32 factor of each label.
             source_id: (M,) not looked at here.
+            objective: what to sum instead of weight x nll; it sees the nll at `temperature`.
+            temperature: divisor of the logits.
             batch: what `PackedQwen2AudioModel.forward_packed` takes.
         """
-        hidden = self.model(**batch).last_hidden_state[0]
-        loss = label_nll(hidden[predict_from], self.lm_head, target, weight)
+        hidden = self.model(**batch).last_hidden_state[0][predict_from]
+        if temperature != 1.0:
+            hidden = hidden / temperature  # the head has no bias, so this divides its logits
+        loss = label_nll(hidden, self.lm_head, target, weight, objective)
         return PackedOutput(nll_sum=loss.nll_sum, weight_sum=weight.float().sum(), nll=loss.nll, correct=loss.correct)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
