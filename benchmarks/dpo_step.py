@@ -139,7 +139,7 @@ class Stopwatch(TrainerCallback):
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter() if self.device == "cuda" else time.process_time())
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+    def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
 
@@ -190,7 +190,7 @@ def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatc
         args=args,
         reference=Reference.cached if kind == "cached" else Reference.auto,
         ref_model=frozen,
-        cache=ReferenceCache(Path(args.output_dir) / "reference", "policy") if kind == "cached" else None,
+        cache=ReferenceCache(Path(str(args.output_dir)) / "reference", "policy") if kind == "cached" else None,
         processing_class=tokenizer(),
         callbacks=[watch],
         loader=Batches(batches),
@@ -203,13 +203,15 @@ def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatc
 
 def packed_model(dtype: torch.dtype) -> PackedQwen2Audio:
     torch.manual_seed(0)
-    return PackedQwen2Audio(architecture()).to(dtype)
+    model: Any = PackedQwen2Audio(architecture())
+    return model.to(dtype)
 
 
 def stock_model(dtype: torch.dtype) -> Qwen2AudioForConditionalGeneration:
     config = architecture()
     config._attn_implementation = "sdpa"
-    return Qwen2AudioForConditionalGeneration(config).to(dtype)
+    model: Any = Qwen2AudioForConditionalGeneration(config)
+    return model.to(dtype)
 
 
 def run(side: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -264,11 +266,11 @@ def main() -> None:
     options.pairs = options.pairs or (2 if options.quick else 4)
     options.steps = options.steps or (3 if options.quick else 4)
     if options.only:
-        print(json.dumps(run(*options.only, options)))
+        print(json.dumps(run(options.only[0], options.only[1], options)))
         return
     ways = [(side, kind) for kind in KINDS for side in ("stock", "ours")]
     with ThreadPoolExecutor(2 if options.quick and options.device == "cpu" else 1) as pool:
-        found = dict(zip(ways, pool.map(lambda way: in_own_process(*way, options), ways), strict=True))
+        found = dict(zip(ways, pool.map(lambda way: in_own_process(way[0], way[1], options), ways), strict=True))
     for (side, kind), result in found.items():
         print(f"{side:5} {kind:11} {result['seconds_per_step']:8.3f} s a step  {result['memory_mib']:8.0f} MiB")
     for kind in KINDS:

@@ -80,7 +80,8 @@ def stock_ids(model: PackedQwen2Audio, tokenizer: Any, samples: list[Sample], de
     """`GenerationMixin.generate` on the embeddings of our encoder."""
     embeds, mask = embed_prompts(model, samples)
     stops = stop_ids(tokenizer)
-    return model.generate(
+    stock: Any = model  # its stubs want a protocol that no model of transformers fulfils
+    return stock.generate(
         inputs_embeds=embeds,
         attention_mask=mask.long(),
         max_new_tokens=decoding.max_new_tokens,

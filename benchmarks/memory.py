@@ -81,7 +81,8 @@ def recipe(overrides: tuple[str, ...], samples: int, shape: dict[str, Any]) -> A
         "trainer": {"optim": "adamw_torch"},
         "tracker": {"wandb": "off"},
     }
-    return load_config(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))), StageConfig)
+    given: Any = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+    return load_config(given, StageConfig)
 
 
 def measure(name: str, samples: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class PaddedDecoder(PackedQwen2Audio):
     """Rows padded to the longest, and transformers' own causal mask."""
 
     def forward_packed(
-        self, *, predict_from: Tensor, target: Tensor, weight: Tensor, source_id: Tensor | None = None, **batch: Tensor
+        self, *, predict_from: Tensor, target: Tensor, weight: Tensor, source_id: Tensor | None = None, **batch: Any
     ) -> PackedOutput:
         lengths = batch["cu_q"].diff().tolist()
         attended = _before(lengths, max(lengths), target.device)
@@ -87,7 +87,7 @@ class WholeHead(PackedQwen2Audio):
     """Logits of every position, kept for backward."""
 
     def forward_packed(
-        self, *, predict_from: Tensor, target: Tensor, weight: Tensor, source_id: Tensor | None = None, **batch: Tensor
+        self, *, predict_from: Tensor, target: Tensor, weight: Tensor, source_id: Tensor | None = None, **batch: Any
     ) -> PackedOutput:
         logits = self.lm_head(self.model(**batch).last_hidden_state[0]).float()
         labels = torch.full((len(logits),), -100, device=logits.device).index_copy(0, predict_from, target)
@@ -129,7 +129,7 @@ def our_trainer(
     )
 
 
-OUR_ARMS = {
+OUR_ARMS: dict[str, Callable[..., Any]] = {
     "ours": our_trainer,
     "without_packed_encoder": partial(our_trainer, inner=PaddedEncoder, packs=PaddedPacks),
     "without_packed_decoder": partial(our_trainer, whole=PaddedDecoder),

@@ -71,7 +71,7 @@ ARMS = {
 MAX_NEW_TOKENS = 64
 METRICS = ("error rate", "accuracy", "words on silence", "words on noise", "words on sounds", "missed speech")
 SAMPLING = ("score=error_rate", f"max_new_tokens={MAX_NEW_TOKENS}", "num_threads=1")
-DPO = ("data=none", "data.tokens_per_pack=1000", "data.packs_per_step=1", "data.samples_per_pack=16")
+DPO: tuple[str, ...] = ("data=none", "data.tokens_per_pack=1000", "data.packs_per_step=1", "data.samples_per_pack=16")
 DPO += ("data.num_workers=0", "tracker=off", "num_threads=1")
 TRANSCRIBE = ("Write down what is said.", "Which words are spoken?", "What does the speaker say?")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -85,8 +85,8 @@ Counts = dict[str, tuple[list[int], list[int]]]
 class Corpus:
     """Questions to make pairs from, held-out ones, and recordings without speech."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: list[Any]
+    held_out: list[Any]
     sounds: list[Clip]
 
 
@@ -97,7 +97,8 @@ def demo() -> Corpus:
         split: [_transcript(e, i) for i, e in enumerate(read_manifest(folder / name)) if _is(e, "asr", "en")]
         for split, name in (("train", "pretrain.asr_en.train.jsonl"), ("dev", "pretrain.dev.jsonl"))
     }
-    sounds = [e.clip for e in read_manifest(folder / "pretrain.dev.jsonl") if getattr(e, "task", "") in ("sec", "asc")]
+    dev: list[Any] = read_manifest(folder / "pretrain.dev.jsonl")
+    sounds = [e.clip for e in dev if getattr(e, "task", "") in ("sec", "asc")]
     answers = {split: read_manifest(folder / f"sft.{split}.jsonl") for split in ("train", "dev")}
     train = _spread(parts["train"], 80) + _spread([e for e in answers["train"] if _asked_once(e)], 40)
     return Corpus(train, _spread(parts["dev"], 80) + _spread(answers["dev"], 40), sounds)
@@ -106,17 +107,15 @@ def demo() -> Corpus:
 def recordings() -> Corpus:
     """Recordings of up to 5 s as conversations: mostly labels, as so small a model hardly transcribes real speech."""
     folder = ROOT / "data_cache/recordings"
-    train, held_out = (
-        [e for e in read_manifest(folder / f"chat.{split}.jsonl") if e.messages[0].content[0].duration_s <= 5.0]
-        for split in ("train", "dev")
-    )
+    chats: list[list[Any]] = [read_manifest(folder / f"chat.{split}.jsonl") for split in ("train", "dev")]
+    train, held_out = ([e for e in split if e.messages[0].content[0].duration_s <= 5.0] for split in chats)
     sounds = [e.messages[0].content[0] for e in held_out if e.meta.get("task") in ("sec", "mnc", "mic")]
-    kept = [
+    questions, asked = (
         _spread([e for e in examples if e.meta.get("task") == "asr"], transcripts)
         + _spread([e for e in examples if e.meta.get("task") not in ("asr", "mc")], labels)
         for examples, transcripts, labels in ((train, 40, 60), (held_out, 30, 120))
-    ]
-    return Corpus(*kept, sounds)
+    )
+    return Corpus(questions, asked, sounds)
 
 
 def _is(example: Any, task: str, language: str) -> bool:
@@ -147,7 +146,7 @@ def without_speech(corpus: Corpus, folder: Path, count: int) -> dict[str, list[C
     for number, example in enumerate(_spread(asr, count)):
         level = 10 ** rng.uniform(-4, -1.5)
         (clip,) = [part for part in example.messages[0].content if isinstance(part, Clip)]
-        length = round(clip.duration_s * SAMPLING_RATE)
+        length = round((clip.duration_s or 0.0) * SAMPLING_RATE)
         for kind, scale in (("silence", 0.0), ("noise", level)):
             path = folder / f"{kind}.{number:03d}.flac"
             soundfile.write(path, (scale * rng.standard_normal(length)).astype(np.float32), SAMPLING_RATE)

@@ -129,8 +129,8 @@ class Workload:
     def config(self) -> Qwen2AudioConfig:
         """A new one for every model, since a model writes its attention into it."""
         parts: Any = {name: dict(part) for name, part in SHAPES[self.options.shape].items()}
-        index = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-        return Qwen2AudioConfig(**parts, audio_token_index=index)
+        parts["audio_token_index"] = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        return Qwen2AudioConfig(**parts)
 
     def build(self, make: Callable[[Qwen2AudioConfig], Any]) -> Any:
         """A model with the weights that every arm starts from."""
@@ -167,7 +167,7 @@ class Workload:
         }
 
 
-class Repeated(Dataset):
+class Repeated(Dataset[Any]):
     """The clips of a step over and over."""
 
     def __init__(self, workload: Workload) -> None:
@@ -263,4 +263,8 @@ def trl_trainer(workload: Workload, callback: TrainerCallback, prepare: Callable
     )
 
 
-STOCK_ARMS = {"stock": stock_trainer, "stock_grouped": grouped_trainer, "trl_sft": trl_trainer}
+STOCK_ARMS: dict[str, Callable[..., Any]] = {
+    "stock": stock_trainer,
+    "stock_grouped": grouped_trainer,
+    "trl_sft": trl_trainer,
+}

@@ -9,21 +9,20 @@
     python launch/data.py show    manifest=train.jsonl example=utt-0001 image=mel.png
 
 The keys of a command are the fields of its options (ConvertOptions, ChatOptions, CheckOptions, IndexOptions,
-ShardOptions, ShowOptions); a YAML file may hold any of them, and keys on the command line win.
+ShardOptions, ShowOptions); a YAML file may hold any of them, and keys on the command line win. After Ctrl-C convert,
+check, index and shard go on where they stopped.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from compose import door, given
-
-from qwen2audio_train.config.schema import ConfigError, load_config, nearest
+from qwen2audio_train.cli.commands import Commands, run_command
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.tools.chat import ChatOptions, write_chats
 from qwen2audio_train.data.tools.check import CheckOptions, check, summary
 from qwen2audio_train.data.tools.convert import ConvertOptions, convert
@@ -107,7 +106,7 @@ def require_manifests(manifests: Sequence[str]) -> None:
         raise ConfigError("manifests: no value was given; set manifests=[train.jsonl]")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+COMMANDS: Commands = {
     "convert": (ConvertOptions, run_convert),
     "chat": (ChatOptions, run_chat),
     "check": (CheckOptions, run_check),
@@ -120,19 +119,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, 1 where the data has errors, 2 where the command line has, 130 after Ctrl-C."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
-    command, *rest = arguments
-    with door():
-        if command not in COMMANDS:
-            raise ConfigError(f"{command}: no such command; {nearest(command, list(COMMANDS))}")
-        schema, run = COMMANDS[command]
-        try:
-            return run(load_config(given(rest), schema))
-        except KeyboardInterrupt:
-            print("interrupted; convert, check, index and shard go on from here the next time", file=sys.stderr)
-            raise
+    return run_command(COMMANDS, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from compose import launch
-
+from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.planning.dry_run import print_plan
 from qwen2audio_train.training.stages.arguments import training_arguments

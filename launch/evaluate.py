@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from compose import check_file, launch
-
+from qwen2audio_train.cli.compose import launch
+from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.schema import ConfigError, EvaluateConfig
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.manifest import read_manifest
@@ -24,7 +25,7 @@ def main(config: EvaluateConfig) -> None:
     )
     model, tokenizer, samples = loaded.model, loaded.tokenizer, loaded.samples
     decoding = Decoding(max_new_tokens=config.max_new_tokens, tokens_per_batch=config.tokens_per_batch)
-    drawn = {"seed": config.seed, "bootstrap_samples": config.bootstrap_samples}
+    drawn: dict[str, Any] = {"seed": config.seed, "bootstrap_samples": config.bootstrap_samples}
     seen = [example for path in config.train_manifests for example in read_manifest(path)]
     found = [example for path in config.manifests.values() for example in read_manifest(path)]
     examples = some_of_each(found, config.max_examples)
@@ -32,7 +33,7 @@ def main(config: EvaluateConfig) -> None:
     result = replace(result, caveats=(*loaded.caveats, *result.caveats))
     pairs: dict[str, PairScores] = {}
     if config.pairs:
-        preferences = some_of_each(read_manifest(config.pairs), config.max_examples)
+        preferences: Any = some_of_each(read_manifest(config.pairs), config.max_examples)
         for audio in ("own", "swapped", "silence"):
             pairs[audio] = score_pairs(model, tokenizer, preferences, samples, audio=audio, **drawn)
     if process().is_main_process:

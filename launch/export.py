@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from compose import check_file, launch
-
+from qwen2audio_train.cli.compose import launch
+from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.schema import ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.errors import UserError

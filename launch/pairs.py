@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from compose import door, given
-
-from qwen2audio_train.config.schema import ConfigError, load_config, nearest
+from qwen2audio_train.cli.commands import Commands, run_command
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.pairs.make import (
     RuleOptions,
     SamplingOptions,
@@ -33,7 +31,7 @@ from qwen2audio_train.training.stages.policy import load_for_inference
 from qwen2audio_train.training.stages.process import process
 
 
-def run_sample(options: SamplingOptions) -> None:
+def run_sample(options: SamplingOptions) -> int:
     for key in ("checkpoint", "manifests", "output"):
         if not getattr(options, key):
             raise ConfigError(f"{key}: no value was given; set {key}=...")
@@ -46,21 +44,23 @@ def run_sample(options: SamplingOptions) -> None:
     )
     file, failed = answer(loaded.model, loaded.tokenizer, loaded.samples, questions, options)
     if not process().is_main_process:
-        return
+        return 0
     made = pairs_of_answers(questions, file, failed, score, options, judge_provenance(client) if client else None)
     print("\n".join([f"{options.output}: {made.summary()}", *(f"note: {caveat}" for caveat in loaded.caveats)]))
     if client:
         print(f"judge: {', '.join(f'{name} {count}' for name, count in outcomes.items())}; spent {client.spent:.4f}")
+    return 0
 
 
-def run_rules(options: RuleOptions) -> None:
+def run_rules(options: RuleOptions) -> int:
     for key in ("manifests", "output"):
         if not getattr(options, key):
             raise ConfigError(f"{key}: no value was given; set {key}=...")
     print(f"{options.output}: {pairs_by_rule(options).summary()}")
+    return 0
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: Commands = {
     "sample": (SamplingOptions, run_sample),
     "rules": (RuleOptions, run_rules),
 }
@@ -68,16 +68,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 where the command line or the data is wrong."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
-    command, *rest = arguments
-    with door():
-        if command not in COMMANDS:
-            raise ConfigError(f"{command}: no such command; {nearest(command, list(COMMANDS))}")
-        schema, run = COMMANDS[command]
-        run(load_config(given(rest), schema))
-    return 0
+    return run_command(COMMANDS, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-import hydra
-from compose import RECIPES, as_override, door, given
-
-from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig, load_config, nearest
+from qwen2audio_train.cli.compose import RECIPES, compose, given
+from qwen2audio_train.cli.door import door
+from qwen2audio_train.config.bounds import nearest
+from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig
 from qwen2audio_train.planning.dry_run import print_plan
 from qwen2audio_train.planning.find_batch import print_largest_pack
 from qwen2audio_train.planning.forecast import PlanMode, PlanOptions, print_forecast
@@ -41,9 +41,8 @@ def parse(arguments: Sequence[str]) -> tuple[StageConfig, PlanOptions]:
         if key not in KNOWN:
             raise ConfigError(f"{key}: unknown key; {nearest(key, KNOWN)}")
     own = [pair for pair in pairs if pair.partition("=")[0] in OWN]
-    with hydra.initialize_config_dir(str(RECIPES), version_base=None):
-        raw = hydra.compose(stage, [as_override(pair) for pair in pairs if pair not in own])
-    return load_config(raw, StageConfig), load_config(given(own), PlanOptions)
+    config = compose(stage, [pair for pair in pairs if pair not in own], StageConfig)
+    return config, given(own, PlanOptions)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,12 +5,8 @@ Started again, it goes on at the stage that is not done.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import hydra
-from compose import as_override, launch
-
-from qwen2audio_train.config.schema import EvaluateConfig, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.cli.compose import LAUNCH, compose, launch
+from qwen2audio_train.config.schema import EvaluateConfig, RecipeConfig, StageConfig
 from qwen2audio_train.evaluation.reporting.report import write_report
 from qwen2audio_train.evaluation.reporting.stage_record import stage_table
 from qwen2audio_train.planning.dry_run import print_plan
@@ -19,20 +15,19 @@ from qwen2audio_train.training.chain import held_out_manifests, run_stages, stag
 
 def main(recipe: RecipeConfig) -> None:
     if recipe.dry_run:
-        for config in stage_configs(recipe, compose).values():
+        for config in stage_configs(recipe, config_of).values():
             print_plan(config)
         return
-    entries = run_stages(recipe, compose, Path(__file__).resolve().parent)
+    entries = run_stages(recipe, config_of, LAUNCH)
     summary = summarise(recipe, entries, held_out_manifests(recipe))
     page = write_report(recipe.run_dir)
     print(stage_table(summary))
     print(f"report: {page.resolve()}")
 
 
-def compose(root: str, overrides: list[str]) -> StageConfig | EvaluateConfig:
+def config_of(root: str, overrides: list[str]) -> StageConfig | EvaluateConfig:
     """The checked config of a stage or of an evaluation, as its own launch script would see it."""
-    raw = hydra.compose(root, [as_override(override) for override in overrides])
-    return load_config(raw, EvaluateConfig if root == "evaluate" else StageConfig)
+    return compose(root, overrides, EvaluateConfig) if root == "evaluate" else compose(root, overrides, StageConfig)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ TOWERS = (
     (*GROUND, *DATA),
     (*GROUND, *MODEL),
     (*GROUND, "selfmade"),
-    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", *TRAINING, "launch"),
+    (*GROUND, "cli"),
+    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", *TRAINING, "cli", "launch"),
 )
 """Rooms from the ground up. A room imports only what stands below it in each tower that it stands in: so `data` and
 `model` know nothing of each other, and `selfmade` knows `layout` and `config` alone."""
@@ -35,7 +36,7 @@ TOWERS = (
 HOMES = {
     "trl": ("training/",),
     "peft": ("model/adapters.py",),
-    "hydra": ("launch/",),
+    "hydra": ("cli/",),
     "wandb": ("training/", "evaluation/"),
     "deepspeed": ("training/", "evaluation/"),
 }

@@ -39,7 +39,7 @@ def misfits(node: Any, schema: Any, path: str = "") -> Iterator[str]:
 
     Interpolations and missing values are left to OmegaConf.
     """
-    schema = _inner_type(schema)
+    schema = inner_type(schema)
     key = path.removesuffix(".")
     if node is None or (isinstance(node, str) and (node == "???" or "${" in node)):
         return
@@ -75,7 +75,7 @@ def missing(node: Any, path: str = "") -> Iterator[str]:
         yield f"{key}: no value was given, and it has no default; set {key}=..."
 
 
-def _inner_type(schema: Any) -> Any:
+def inner_type(schema: Any) -> Any:
     """`X` of `X | None`."""
     options = [option for option in get_args(schema) if option is not type(None)]
     return options[0] if len(options) == 1 and get_origin(schema) not in (dict, list) else schema

@@ -17,7 +17,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bounds
-from qwen2audio_train.config.bounds import nearest as nearest
 from qwen2audio_train.config.combinations import refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
 from qwen2audio_train.errors import UserError
@@ -306,7 +305,7 @@ class RecipeConfig:
     stages: dict[str, StageCall] = field(default_factory=dict, metadata={"choices": tuple(Stage)})
 
 
-Schema = TypeVar("Schema", DataConfig, StageConfig, EvaluateConfig, ExportConfig, RecipeConfig)
+Schema = TypeVar("Schema")
 
 
 def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Schema:

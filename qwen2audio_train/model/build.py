@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase, Qwen2AudioConfig
 from transformers.models.whisper.modeling_whisper import sinusoids
 
-from qwen2audio_train.config.schema import ConfigError, ModelConfig, ModelKind, nearest
+from qwen2audio_train.config.bounds import nearest
+from qwen2audio_train.config.schema import ConfigError, ModelConfig, ModelKind
 from qwen2audio_train.layout import AUDIO_TOKEN, END_OF_TEXT_TOKEN, IM_END_TOKEN, SPECIAL_TOKENS
 from qwen2audio_train.model.assemble import assemble
 from qwen2audio_train.model.freeze import PARTS, part_of

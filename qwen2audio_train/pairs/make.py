@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.config.schema import ConfigError, Dtype, nearest
+from qwen2audio_train.config.schema import ConfigError, Dtype
 from qwen2audio_train.data.examples import PreferenceExample
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
 from qwen2audio_train.data.samples.maker import MEASURED_KEYS

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import hydra
-
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.cli.compose import LAUNCH as LAUNCH
+from qwen2audio_train.cli.compose import RECIPES as RECIPES
+from qwen2audio_train.cli.compose import compose
+from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, RecipeConfig, StageConfig
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ROOT / "launch"
-RECIPES = ROOT / "recipes"
 
-SCHEMAS = {
+SCHEMAS: dict[str, Any] = {
     "encoder": StageConfig,
     "pretrain": StageConfig,
     "sft": StageConfig,
@@ -28,16 +27,10 @@ SCHEMAS = {
 
 
 def script(name: str) -> ModuleType:
-    """`launch/<name>.py`, imported as when it is run: with its own folder on the path."""
-    if str(LAUNCH) not in sys.path:
-        sys.path.append(str(LAUNCH))
-    return importlib.import_module(name)
+    """`launch/<name>.py`."""
+    return importlib.import_module(f"launch.{name}")
 
 
-def composed(root: str, *overrides: str) -> StageConfig:
+def composed(root: str, *overrides: str) -> Any:
     """The checked config of a root with overrides as they stand on its command line."""
-    as_override = script("compose").as_override
-    with hydra.initialize_config_dir(str(RECIPES), version_base=None):
-        raw = hydra.compose(root, [as_override(override) for override in overrides])
-    config: StageConfig = load_config(raw, SCHEMAS[root])
-    return config
+    return compose(root, overrides, SCHEMAS[root])

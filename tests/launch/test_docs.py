@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2audio_train.config.schema import load_config
+from qwen2audio_train.cli.compose import given
 from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, composed, script
 
 PAGES = ("data", "recipes", "evaluation", "finetune_lora", "memory", "multinode", "preference")
@@ -41,7 +41,7 @@ def test_a_command_fits_its_script(page: str, words: list[str]) -> None:
     else:
         module = script(name)
         schema, _ = module.COMMANDS[arguments[0]]
-        load_config(script("data").given(arguments[1:]), schema)
+        given(arguments[1:], schema)
 
 
 def test_pages_have_commands_to_check() -> None:

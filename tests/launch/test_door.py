@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2audio_train.cli.compose import launch
 from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, script
 
 WRONG = [
@@ -26,7 +27,11 @@ WRONG = [
     (["deepspeed=zero3", "model.compile=true"], "error: this combination is not supported: deepspeed.stage=3, "),
     (["trainer.learning_rat=1"], "error: trainer.learning_rat: TrainingArguments has no such argument"),
     (["trainer.learning_rate=-1"], "error: trainer.learning_rate: -1 is too small; expected 0 or more"),
-    (["init_from=runs/a=b"], "error: init_from=runs/a=b: expected key=value (mismatched input '='"),
+    (["trainer.optim=a=b"], "error: trainer.optim=a=b: expected key=value (mismatched input '='"),
+    (
+        ["data.sources.a.path=[my file.jsonl, b (1).jsonl]"],
+        "error: data.sources.a.path=[my file.jsonl, b (1).jsonl]: expected key=value (",
+    ),
     (["=3"], "error: =3: expected key=value"),
     (["seed"], "error: seed: expected key=value"),
     (["++sede=1"], "error: sede: unknown key; did you mean seed?"),
@@ -42,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         status = 0
         try:
-            script("compose").launch(script(name).main, name, SCHEMAS[name])
+            launch(script(name).main, name, SCHEMAS[name])
         except SystemExit as stop:
             status = int(stop.code or 0)
         return status, *capsys.readouterr()
@@ -117,7 +122,7 @@ def test_our_own_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "dry_run=true"])
     with pytest.raises(KeyError, match="ours"):
-        script("compose").launch(broken, "pretrain", SCHEMAS["pretrain"])
+        launch(broken, "pretrain", SCHEMAS["pretrain"])
 
 
 def test_configs_can_be_looked_at(run: Callable[..., tuple[int, str, str]]) -> None:

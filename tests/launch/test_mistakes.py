@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.config.schema import PARTS
 from tests.launch.scripts import SCHEMAS, script
 from tests.runs import ARCHITECTURE
@@ -49,7 +50,7 @@ def run(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *base, *given])
         status = 0
         try:
-            script("compose").launch(script(name).main, name, SCHEMAS[name])
+            launch(script(name).main, name, SCHEMAS[name])
         except SystemExit as stop:
             status = int(stop.code or 0)
         return status, capsys.readouterr().err

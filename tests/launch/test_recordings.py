@@ -29,7 +29,7 @@ def recipe() -> Iterator[RecipeConfig]:
 def test_every_stage_composes(recipe: RecipeConfig) -> None:
     names = list(recipe.stages)
     for before, name in zip([None, *names], names, strict=False):
-        config = script("recipe").compose(name, stage_overrides(recipe, name, before))
+        config = script("recipe").config_of(name, stage_overrides(recipe, name, before))
         assert config.stage.value == name
         assert config.run_dir == f"runs/recordings/{name}"
     for name in names[1:]:
@@ -39,7 +39,7 @@ def test_every_stage_composes(recipe: RecipeConfig) -> None:
 
 def test_every_source_of_the_recipe_has_a_mapping(recipe: RecipeConfig) -> None:
     known = {mapping.stem for mapping in MAPPINGS}
-    sources = script("recipe").compose("pretrain", stage_overrides(recipe, "pretrain", None)).data.sources
+    sources = script("recipe").config_of("pretrain", stage_overrides(recipe, "pretrain", None)).data.sources
     assert set(sources) == known
     for name, source in sources.items():
         assert source.path == [f"data_cache/recordings/{name}.train.jsonl"]

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.config.data import LabelledTurns, LongAudio, PromptStyle, SampleRecipe
 from qwen2audio_train.config.schema import ConfigError, Dtype
 from qwen2audio_train.data.manifests.manifest import read_manifest
@@ -60,15 +61,15 @@ def trained(noise: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """call("evaluate", "key=value", ...) -> what a launch script prints, or its error."""
 
-    def launch(name: str, *arguments: str) -> str:
+    def run(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         try:
-            script("compose").launch(script(name).main, name, SCHEMAS[name])
+            launch(script(name).main, name, SCHEMAS[name])
         except SystemExit:
             return capsys.readouterr().err
         return capsys.readouterr().out
 
-    return launch
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def scored_by(trained: Path, noise: Path, tmp_path_factory: pytest.TempPathFacto
         patch.setattr(lazy_samples, "materialise", spy)
         arguments = [f"checkpoint={trained}", f"manifests.dev={noise}/speech.jsonl", f"output_dir={folder}"]
         patch.setattr(sys, "argv", ["evaluate.py", *arguments, "max_examples=2", "max_new_tokens=2", "num_threads=1"])
-        script("compose").launch(script("evaluate").main, "evaluate", SCHEMAS["evaluate"])
+        launch(script("evaluate").main, "evaluate", SCHEMAS["evaluate"])
     settings = json.loads((folder / "metrics.json").read_text())["settings"]["sample"]
     assert settings["prompt_style"] == "hierarchical_tags"
     return used

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.data import DataConfig, SampleRecipe
-from qwen2audio_train.config.schema import ConfigError, load_config, nearest
+from qwen2audio_train.config.schema import ConfigError, load_config
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.prompts.render import Rendered, render
 from qwen2audio_train.data.prompts.tokenizer import save_processor

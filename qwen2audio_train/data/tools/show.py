@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.data import LabelledTurns, PromptStyle
-from qwen2audio_train.config.schema import ConfigError, nearest
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import PAIRED, Clip, Example

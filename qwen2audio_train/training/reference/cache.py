@@ -138,7 +138,7 @@ def reference_id(weights: str, dtype: torch.dtype, ld_alpha: float | None) -> st
 
 def weights_digest(
     parameters: Iterable[tuple[str, torch.Tensor]],
-    gathered: Callable[[torch.Tensor], AbstractContextManager] = lambda _: nullcontext(),
+    gathered: Callable[[torch.Tensor], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> str:
     """SHA-256 (hex) over names, shapes, types and bytes of the named tensors, in the order of their names.
 

@@ -108,13 +108,13 @@ def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter
 
 
-def _whole(parameter: Tensor) -> AbstractContextManager:
+def _whole(parameter: Tensor) -> AbstractContextManager[None]:
     """The parameter with all its elements for the time of the context, also where ZeRO-3 has cut it up."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    gathered: AbstractContextManager = deepspeed.zero.GatheredParameters([parameter])
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
     return gathered
 
 

@@ -17,10 +17,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from qwen2audio_train.config.schema import (
-    DataConfig,
-    StageConfig,
-)
+from qwen2audio_train.config.data import DataConfig
+from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.data.samples.recipe import recipe_of, save_inputs
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.stages.process import process, warnings_only

@@ -8,12 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwen2audio_train.config.schema import (
-    ConfigError,
-    DataConfig,
-    ModelKind,
-    StageConfig,
-)
+from qwen2audio_train.config.data import DataConfig
+from qwen2audio_train.config.schema import ConfigError, ModelKind, StageConfig
 from qwen2audio_train.data.examples import Example, TaskExample
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
 from qwen2audio_train.data.prompts.pools import tag_tokens

@@ -48,7 +48,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

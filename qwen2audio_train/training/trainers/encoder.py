@@ -14,7 +14,8 @@ from transformers import Trainer
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.checkpoints import folder as folders
-from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts, load_saved_state
+from qwen2audio_train.training.checkpoints.restore import load_saved_state
+from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
 
 HEAD_FILE = "recogniser_head.safetensors"
 

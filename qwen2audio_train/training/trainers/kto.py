@@ -43,7 +43,9 @@ class AudioKTOTrainer(PreferenceTrainer, KTOTrainer):
         reference = resolve_reference(reference, model, ref_model, None)
         super().__init__(model, reference=reference, ref_model=ref_model, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[list, Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
+    ) -> tuple[list[Any], Any]:
         """As `PackedTrainer.get_batch_samples`; the weight of a step is its number of answers."""
         return super().get_batch_samples(map(self._unpaired, epoch_iterator), num_batches, device)
 

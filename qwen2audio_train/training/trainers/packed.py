@@ -128,7 +128,7 @@ class PackedTrainer(Trainer):
         """The packs of this rank, as they are: `accelerator.prepare` would deal them out a second time."""
         return self.loader
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list, Any]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """All micro-batches of one step on this rank, and the sum of the step's weights over all ranks.
 
         Raises:
