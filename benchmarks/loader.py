@@ -50,7 +50,8 @@ from record import save
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from qwen2audio_train.config.data import DataConfig, SourceConfig
-from qwen2audio_train.data.loading.build import Loader, build_batches
+from qwen2audio_train.data.loading.base import BatchLoader
+from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.prompts.tokenizer import build_processor, train_tokenizer
 from qwen2audio_train.layout import NUM_MEL_BINS, SAMPLING_RATE
 
@@ -142,7 +143,7 @@ def _start_ours(folder: Path, source: SourceConfig, skips: Sequence[int]) -> Sta
         {"s": source}, samples_per_pack=BATCH, packs_per_step=1, num_workers=0, cache_dir=str(folder / "cache")
     )
 
-    def loader() -> Loader:
+    def loader() -> BatchLoader[Any]:
         return build_batches(data, tokenizer())
 
     whole, states = loader(), {}

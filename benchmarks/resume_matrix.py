@@ -34,7 +34,8 @@ from record import save
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import DataConfig, SourceConfig
-from qwen2audio_train.data.loading.build import Loader, build_batches
+from qwen2audio_train.data.loading.base import BatchLoader
+from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.loading.streaming import StreamLoader, merge_states
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.data.samples.collate import Batch
@@ -90,11 +91,11 @@ class Runs:
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerFast):
         self.data, self.tokenizer = data, tokenizer
 
-    def ranks(self, world: int, workers: int) -> list[Loader]:
+    def ranks(self, world: int, workers: int) -> list[BatchLoader[Any]]:
         data = dataclasses.replace(self.data, num_workers=workers)
         return [build_batches(data, self.tokenizer, rank=rank, world_size=world) for rank in range(world)]
 
-    def packs(self, loaders: Sequence[Loader], num_steps: int) -> Steps:
+    def packs(self, loaders: Sequence[BatchLoader[Any]], num_steps: int) -> Steps:
         """Digests of the packs of every step over all ranks, fillers left out, whichever rank has them."""
         streams = [iter(loader) for loader in loaders]
         made: Steps = []
@@ -103,7 +104,7 @@ class Runs:
             made.append(sorted(digest(batch) for batch in batches if len(batch["target"])))
         return made
 
-    def states(self, loaders: Sequence[Loader]) -> list[str]:
+    def states(self, loaders: Sequence[BatchLoader[Any]]) -> list[str]:
         """What is saved behind each of the steps, as JSON."""
         states = []
         for step in range(STEPS + 1):

@@ -86,6 +86,16 @@ WRONG = [
         "data.sources.noise: holds preference, the stage pretrain",
     ),
     ("dpo", ["data.samples_per_pack=1"], "data.sources.noise: holds asr, the stage dpo learns from preferences"),
+    (
+        "pretrain",
+        ["data.sources.noise.path=[NOISE/pairs.jsonl]", "data.sources.noise.streaming=true"],
+        "data.sources.noise: holds preference, the stage pretrain",
+    ),
+    (
+        "dpo",
+        ["data.samples_per_pack=1", "data.sources.noise.streaming=true"],
+        "data.sources.noise: holds asr, the stage dpo learns from preferences",
+    ),
     ("pretrain", ["data.tokens_per_pack=5"], "every example of noise is longer than a pack: the shortest has"),
     ("pretrain", ["model.vocab_size=260"], "model.vocab_size: 260 is too small: 256 bytes and"),
     ("pretrain", ["stage=sft"], "stage=sft: this script runs pretrain; start launch/sft.py"),

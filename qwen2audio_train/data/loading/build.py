@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import AugmentConfig, DataConfig, LossWeighting, Order, SourceConfig
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.examples import PREFERENCE_TASKS
+from qwen2audio_train.data.loading.base import BatchLoader, are_preferences
 from qwen2audio_train.data.loading.build_streaming import build_streams
 from qwen2audio_train.data.loading.indexed import PackDataset, PackLoader
-from qwen2audio_train.data.loading.streaming import StreamLoader
 from qwen2audio_train.data.manifests.cache import find_manifests
 from qwen2audio_train.data.order.index import Index, open_index
 from qwen2audio_train.data.order.mixture import MixedSource, Mixture, weighting_of
@@ -25,8 +25,6 @@ from qwen2audio_train.data.samples.collate import task_weights
 from qwen2audio_train.data.samples.maker import Maker, collator_of, maker_of
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.layout import NUM_MEL_BINS
-
-Loader = PackLoader | StreamLoader
 
 
 def build_batches(
@@ -38,7 +36,7 @@ def build_batches(
     epochs: int | None = None,
     num_mel_bins: int = NUM_MEL_BINS,
     bad_examples_path: Path | None = None,
-) -> Loader:
+) -> BatchLoader[Any]:
     """Training batches of `data.sources` for one rank; preference examples become batches of pairs.
 
     Args:
@@ -91,7 +89,7 @@ def eval_batches(
     world_size: int = 1,
     num_mel_bins: int = NUM_MEL_BINS,
     bad_examples_path: Path | None = None,
-) -> Loader:
+) -> BatchLoader[Any]:
     """Batches over `data.eval_sources`, every example once and in the manifests' order before packing.
 
     All ranks get equally many batches, fillers where there are no examples left. Nothing is augmented.
@@ -199,10 +197,7 @@ def _dataset(
     data: DataConfig, indexes: Mapping[str, Index], mixture: Mixture, maker: Maker, num_mel_bins: int
 ) -> PackDataset:
     shares = task_shares(indexes, mixture)
-    others = sorted(set(shares) - PREFERENCE_TASKS)
-    is_preference = len(others) < len(shares)
-    if is_preference and others:
-        raise ConfigError(f"data.sources: preference examples cannot be mixed with {', '.join(others)}")
+    is_preference = are_preferences({name: tuple(index.task_counts) for name, index in indexes.items()})
     if data.loss_weighting is LossWeighting.task:
         maker = dataclasses.replace(maker, task_weights=task_weights(shares))
     collate = collator_of(data, num_mel_bins, is_preference)

@@ -10,7 +10,8 @@ from functools import partial
 
 from qwen2audio_train.config.data import DataConfig, LossWeighting, Order
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.examples import PREFERENCE_TASKS, task_of
+from qwen2audio_train.data.examples import task_of
+from qwen2audio_train.data.loading.base import are_preferences
 from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, StreamSource
 from qwen2audio_train.data.loading.streaming import StreamLoader
 from qwen2audio_train.data.manifests.corpus import Contents, Corpus, open_corpus
@@ -19,6 +20,7 @@ from qwen2audio_train.data.manifests.manifest import parse_line
 from qwen2audio_train.data.manifests.readers import Row
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.mixture import weighting_of
+from qwen2audio_train.data.order.planner import plan_inputs
 from qwen2audio_train.data.quarantine import BadExample, Quarantine
 from qwen2audio_train.data.samples.maker import Maker, collator_of
 from qwen2audio_train.data.samples.recipe import remote_of
@@ -57,12 +59,10 @@ def build_streams(
         for number in range(data.packs_per_step)
     )
     inputs = {
-        "seed": data.seed,
+        **plan_inputs(
+            data.seed, data.tokens_per_pack, data.samples_per_pack, data.max_tokens_per_example, data.window_examples
+        ),
         "packs_per_step": data.packs_per_step,
-        "tokens_per_pack": data.tokens_per_pack,
-        "samples_per_pack": data.samples_per_pack,
-        "max_tokens_per_example": data.max_tokens_per_example,
-        "window_examples": data.window_examples,
         "measured": text_hash(maker.measure_key),
         "sources": {
             name: {"shards": reader.fingerprint, "number": num_shards[name], "probability": chances[name]}
@@ -70,13 +70,10 @@ def build_streams(
         },
     }
     tasks = {source.name: _first_task(source) for source in sources}
-    kinds = {not PREFERENCE_TASKS.isdisjoint(of_source) for of_source in tasks.values() if of_source}
-    if len(kinds) > 1:
-        raise ConfigError("data.sources: preference examples cannot be mixed with others")
     return StreamLoader(
         streams,
         partial(_make, maker),
-        collator_of(data, num_mel_bins, is_preference=True in kinds),
+        collator_of(data, num_mel_bins, is_preference=are_preferences(tasks)),
         inputs,
         tasks,
         quarantine,

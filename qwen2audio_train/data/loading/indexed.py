@@ -6,24 +6,22 @@ into tensors. So neither the number of workers nor how far they have run ahead h
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Sampler
 
 from qwen2audio_train.config.data import OnChangedData
 from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.loading.base import BatchLoader, Made, Making, check_rank
 from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.order.index import Index
 from qwen2audio_train.data.order.planner import Cursor, Pack, Planner, deal, steps
-from qwen2audio_train.data.order.state import restore, save_state
-from qwen2audio_train.data.quarantine import BadExample, Quarantine
+from qwen2audio_train.data.order.state import inputs_of, restore, save_state
+from qwen2audio_train.data.quarantine import Quarantine
 from qwen2audio_train.data.samples.collate import Batch
 from qwen2audio_train.data.samples.sample import Sample
 
@@ -37,19 +35,6 @@ Materialise = Callable[[Example, int, int], Sample]
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a worker hands back beside the tensors: the examples that it could not use, and the seconds it took.
-
-    Decoding has `decode_s` of the `seconds`.
-    """
-
-    num_examples: int
-    bad: list[BadExample]
-    seconds: float
-    decode_s: float
-
-
-@dataclass(frozen=True)
 class PackDataset(Dataset[tuple[Batch, Made]]):
     """From a request, rows (n, 3) of (source, pass, example), to a packed batch. Runs in the workers."""
 
@@ -59,19 +44,13 @@ class PackDataset(Dataset[tuple[Batch, Made]]):
     collate: Callable[[list[Sample]], Batch]
 
     def __getitem__(self, rows: NDArray[np.int64]) -> tuple[Batch, Made]:
-        began = time.perf_counter()
-        samples: list[Sample] = []
-        bad: list[BadExample] = []
+        making = Making()
         for source, number, position in rows.tolist():
-            name = f"{self.names[source]}#{position}"
-            try:
+            with making.example(f"{self.names[source]}#{position}", self.names[source]):
                 example = self.indexes[source].read(position)
-                name = example.id
-                samples.append(self.materialise(example, source, number))
-            except Exception as error:  # whatever is wrong with an example costs this example alone
-                bad.append(BadExample.of(error, name, self.names[source]))
-        decode_s = sum(sample.decode_s for sample in samples)
-        return self.collate(samples), Made(len(rows), bad, time.perf_counter() - began, decode_s)
+                making.name = example.id
+                making.samples.append(self.materialise(example, source, number))
+        return self.collate(making.samples), Made.of(making)
 
 
 @dataclass
@@ -84,12 +63,8 @@ class _Mark:
 
 
 @dataclass
-class PackLoader:
-    """Packed batches for one rank, step by step, endlessly or for `epochs`.
-
-    Every optimiser step is `packs_per_step` packs over all ranks; each rank gets `batches_per_step` batches of it,
-    fillers included, each of `packs_per_forward` packs. Iterating goes on behind the last step handed out whole.
-    """
+class PackLoader(BatchLoader[Made]):
+    """Batches of indexed sources, endlessly or for `epochs`."""
 
     planner: Planner
     dataset: PackDataset
@@ -105,8 +80,9 @@ class PackLoader:
     prefetch: Callable[[str], object] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks")
+        check_rank(self.rank, self.world_size)
+        self.tasks = {n: tuple(i.task_counts) for n, i in zip(self.dataset.names, self.planner.indexes, strict=True)}
+        self.inputs = inputs_of(self.planner, self.packs_per_step)
         budget = self.planner.tokens_per_pack if self.planner.samples_per_pack is None else None
         self.telemetry = Telemetry({s.name: s.probability for s in self.planner.mixture.sources}, budget)
         self._start, self._start_step = Cursor(), 0
@@ -114,58 +90,19 @@ class PackLoader:
         self._done = 0
         self._looked_from = (-1, -1)
 
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Name of every `source_id`."""
-        return self.dataset.names
-
-    @property
-    def tasks(self) -> dict[str, tuple[str, ...]]:
-        """The tasks of every source ("chat", "preference" for those forms)."""
-        return {name: tuple(i.task_counts) for name, i in zip(self.source_names, self.planner.indexes, strict=True)}
-
-    @property
-    def batches_per_step(self) -> int:
-        """Batches of one optimiser step on each rank: the number of gradient accumulation steps."""
-        packs = math.ceil(self.packs_per_step / self.world_size)
-        return math.ceil(packs / self.packs_per_forward)
-
-    @property
-    def steps_done(self) -> int:
-        """Optimiser steps that were handed out whole, since the very start of the run."""
-        return self._done
-
     def num_steps(self, epochs: int = 1) -> int:
         """Optimiser steps of the first epochs, by planning them."""
         return -(-self.planner.num_slots(epochs) // self.packs_per_step)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[tuple[Batch, Made]]:
         self._rewind_to(self._done)
-        loader = DataLoader(
-            self.dataset,
-            sampler=_Requests(self._requests),
-            batch_size=None,
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            # Of its own: one draw from the global generator, and dropout would differ after a resume.
-            generator=torch.Generator(),
+        made: Iterator[tuple[Batch, Made]] = self._from_workers(
+            self.dataset, self.num_workers, _Requests(self._requests)
         )
-        made = iter(loader)
-        while True:
-            for place in range(self.batches_per_step):
-                began = time.perf_counter()
-                item = next(made, None)
-                if item is None:
-                    return
-                batch, info = item
-                self.telemetry.add_work(info.seconds, info.decode_s, time.perf_counter() - began, info.bad)
-                self.quarantine.add(info.num_examples, info.bad)
-                if place + 1 == self.batches_per_step:
-                    self._done += 1
-                    self._count(self._done)
-                yield batch
+        return made
+
+    def _received(self, made: Made) -> None:
+        """Everything is known of the plan when the step is whole."""
 
     def _requests(self) -> Iterator[NDArray[np.int64]]:
         number = self._start_step
@@ -188,7 +125,7 @@ class PackLoader:
                 for url in self.planner.remote_shards(cursor.epoch, window):
                     self.prefetch(url)
 
-    def _count(self, step: int) -> None:
+    def _finished(self, step: int) -> None:
         mark = self._marks[step]
         rows = np.concatenate([pack.rows for pack in mark.packs])
         for source in np.unique(rows[:, 0]).tolist():
@@ -207,11 +144,6 @@ class PackLoader:
         self._marks = {}
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """The state behind `step` optimiser steps of the run (default: those handed out whole); a small JSON object.
-
-        Raises:
-            KeyError: the step was not handed out, or lies more than 1 000 steps back.
-        """
         step = self._done if step is None else step
         if step == self._start_step:
             cursor = self._start
@@ -223,18 +155,13 @@ class PackLoader:
         return state | {"seen": self.telemetry.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind a saved state: the next batch is the one that would have followed.
-
-        Raises:
-            DataStateError: what decides the order has changed; says what.
-        """
         self.planner, self._start = restore(self.planner, self.packs_per_step, state, self.on_changed_data)
         self._start_step = self._done = state["step"]
         self._marks = {}
         self.telemetry.load_state_dict(state["seen"])
 
 
-class _Requests:
+class _Requests(Sampler[NDArray[np.int64]]):
     """A sampler for DataLoader: it must be an object whose `iter` starts anew."""
 
     def __init__(self, make: Callable[[], Iterator[NDArray[np.int64]]]):
@@ -242,7 +169,3 @@ class _Requests:
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         return self._make()
-
-
-def _unchanged(item: Any) -> Any:
-    return item

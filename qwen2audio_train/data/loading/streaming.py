@@ -6,22 +6,21 @@ of its streams, and these are the state. So the state of a step is spread over t
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from qwen2audio_train.data.loading.logical_stream import Drawn, LogicalStream, Raw, StreamCursor, StreamPack
+from qwen2audio_train.data.loading.base import BatchLoader, Made, Making, check_rank
+from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, StreamCursor, StreamPack
 from qwen2audio_train.data.loading.telemetry import Telemetry
-from qwen2audio_train.data.order.state import STATE_VERSION, DataStateError, differences, plan_hash
-from qwen2audio_train.data.quarantine import BadExample, Quarantine
+from qwen2audio_train.data.order.state import STATE_VERSION, DataStateError, changed_inputs, other_data, plan_hash
+from qwen2audio_train.data.quarantine import Quarantine
 from qwen2audio_train.data.samples.collate import Batch
 from qwen2audio_train.data.samples.sample import Sample
 
@@ -32,21 +31,24 @@ MakeSample = Callable[[Raw, int, int], Sample]
 
 
 @dataclass
-class StreamMade:
-    """What comes beside a batch: cursors of its streams, what it holds per source, and what it could not hold."""
+class StreamMade(Made):
+    """What comes beside a batch: also the cursors of its streams, and what it holds per source."""
 
     cursors: dict[int, StreamCursor] = field(default_factory=dict)
-    bad: list[BadExample] = field(default_factory=list)
     drawn: list[tuple[int, int, float, int]] = field(default_factory=list)
     """(source, pass, seconds, tokens) of every example."""
     too_long: list[int] = field(default_factory=list)
     num_packs: int = 0
-    seconds: float = 0.0
-    decode_s: float = 0.0
 
 
-class StreamDataset(IterableDataset[tuple[Batch, StreamMade]]):
-    """Batches of one rank, in the order of its slots; each worker has every n-th of them."""
+class StreamDataset(IterableDataset[tuple[Batch, StreamMade] | None]):
+    """Batches of one rank, in the order of its places in a step, step after step.
+
+    The workers are so many columns times so many turns. A column has every so-many-th place of a step, and its streams
+    with it; with fewer places than workers, the workers of a column read the same streams and make the batches of
+    every so-many-th step. So the order is that of one worker, whatever their number; where the places do not fill the
+    columns, the last ones hand back None.
+    """
 
     def __init__(
         self,
@@ -58,47 +60,49 @@ class StreamDataset(IterableDataset[tuple[Batch, StreamMade]]):
         self.streams, self.make_sample, self.collate = streams, make_sample, collate
         self.cursors: dict[int, StreamCursor] = {}
 
-    def __iter__(self) -> Iterator[tuple[Batch, StreamMade]]:
+    def workers(self, wanted: int) -> int:
+        """How many workers share the work evenly, of so many at most: columns x turns."""
+        return wanted if wanted <= len(self.streams) else wanted // len(self.streams) * len(self.streams)
+
+    def __iter__(self) -> Iterator[tuple[Batch, StreamMade] | None]:
         worker = get_worker_info()
-        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine = self.streams[first::every]
+        number, total = (worker.id, worker.num_workers) if worker else (0, 1)
+        columns = min(total, len(self.streams))
+        turn, column = divmod(number, columns)
+        mine = self.streams[column::columns]
+        padding = math.ceil(len(self.streams) / columns) - len(mine)
         running = {s.number: s.packs(self.cursors.get(s.number, s.start())) for batch in mine for s in batch}
-        while True:
+        for step in count():
             for batch in mine:
-                yield self._batch([(stream, running[stream.number]) for stream in batch])
+                packs = [(stream, next(running[stream.number])) for stream in batch]
+                if step % (total // columns) == turn:
+                    yield self._batch(packs)
+            yield from [None] * padding
 
-    def _batch(self, streams: list[tuple[LogicalStream, Iterator[StreamPack]]]) -> tuple[Batch, StreamMade]:
-        began = time.perf_counter()
-        samples: list[Sample] = []
-        made = StreamMade()
-        for stream, packs in streams:
-            pack = next(packs)
-            made.cursors[stream.number] = pack.after
-            made.bad += pack.bad
-            made.too_long += [item.source for item in pack.too_long]
-            made.num_packs += bool(pack.drawn)
+    def _batch(self, packs: list[tuple[LogicalStream, StreamPack]]) -> tuple[Batch, StreamMade]:
+        making = Making()
+        for stream, pack in packs:
             for item in pack.drawn:
-                made.drawn.append((item.source, item.number, item.measured.duration_s, item.tokens))
-                self._add(samples, made, item, stream.sources[item.source].name)
-        made.seconds = time.perf_counter() - began
-        made.decode_s = sum(sample.decode_s for sample in samples)
-        return self.collate(samples), made
-
-    def _add(self, samples: list[Sample], made: StreamMade, item: Drawn, source: str) -> None:
-        try:
-            samples.append(self.make_sample(item.raw, item.source, item.number))
-        except Exception as error:  # whatever is wrong with an example costs this example alone
-            made.bad.append(BadExample.of(error, item.raw.example.id, source))
+                with making.example(item.raw.example.id, stream.sources[item.source].name):
+                    making.samples.append(self.make_sample(item.raw, item.source, item.number))
+            making.bad += pack.bad
+        drawn = [item for _, pack in packs for item in pack.drawn]
+        made: StreamMade = StreamMade.of(
+            making,
+            cursors={stream.number: pack.after for stream, pack in packs},
+            drawn=[(item.source, item.number, item.measured.duration_s, item.tokens) for item in drawn],
+            too_long=[item.source for _, pack in packs for item in pack.too_long],
+            num_packs=sum(bool(pack.drawn) for _, pack in packs),
+        )
+        return self.collate(making.samples), made
 
 
 @dataclass
-class StreamLoader:
-    """Packed batches for one rank, step by step, without end; see `PackLoader`.
+class StreamLoader(BatchLoader[StreamMade]):
+    """Batches of streaming sources, without end.
 
     Args:
         streams: all logical streams of a step, in order; slot j falls to rank j % world_size.
-        inputs: everything that decides what the streams hold, as plain values.
-        tasks: the task of every source's first example ("chat", "preference" for those forms).
     """
 
     streams: tuple[LogicalStream, ...]
@@ -114,77 +118,42 @@ class StreamLoader:
     prefetch_factor: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks")
+        check_rank(self.rank, self.world_size)
         one = self.streams[0]
         budget = None if one.samples_per_pack else one.tokens_per_pack
         self.telemetry = Telemetry({source.name: source.probability for source in one.sources}, budget)
+        self.packs_per_step = len(self.streams)
         self._mine = self.streams[self.rank :: self.world_size]
         self._done = 0
-        self._history = {0: {stream.number: stream.start() for stream in self.streams}}
+        self._cursors = {stream.number: stream.start() for stream in self.streams}
+        self._history = {0: dict(self._cursors)}
 
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Name of every `source_id`."""
-        return tuple(source.name for source in self.streams[0].sources)
-
-    @property
-    def batches_per_step(self) -> int:
-        """Batches of one optimiser step on each rank: the number of gradient accumulation steps."""
-        return math.ceil(math.ceil(len(self.streams) / self.world_size) / self.packs_per_forward)
-
-    @property
-    def steps_done(self) -> int:
-        """Optimiser steps that were handed out whole, since the very start of the run."""
-        return self._done
-
-    def __iter__(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[tuple[Batch, StreamMade]]:
         size = self.packs_per_forward
         batches = [self._mine[i * size : (i + 1) * size] for i in range(self.batches_per_step)]
         dataset = StreamDataset(batches, self.make_sample, self.collate)
-        cursors = dataset.cursors = dict(self._history[self._done])
-        workers = max((n for n in range(1, self.num_workers + 1) if len(batches) % n == 0), default=0)
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self.prefetch_factor if workers else None,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            # Of its own: one draw from the global generator, and dropout would differ after a resume.
-            generator=torch.Generator(),
-        )
-        made = iter(loader)
-        while True:
-            for place in range(len(batches)):
-                began = time.perf_counter()
-                batch, info = next(made)
-                cursors |= info.cursors
-                self._count(info, time.perf_counter() - began)
-                if place + 1 == len(batches):
-                    self._done += 1
-                    self._history[self._done] = dict(cursors)
-                    self._history.pop(self._done - KEPT_STEPS, None)
-                yield batch
+        self._cursors = dict(self._history[self._done])
+        dataset.cursors = dict(self._cursors)
+        return (item for item in self._from_workers(dataset, dataset.workers(self.num_workers)) if item is not None)
 
-    def _count(self, made: StreamMade, wait_s: float) -> None:
-        self.telemetry.add_work(made.seconds, made.decode_s, wait_s, made.bad)
+    def _received(self, made: StreamMade) -> None:
+        self._cursors |= made.cursors
         drawn = np.array(made.drawn, dtype=np.float64).reshape(-1, 4)
         for source in np.unique(drawn[:, 0]).astype(int).tolist():
             here = drawn[drawn[:, 0] == source]
             self.telemetry.add_examples(source, len(here), float(here[:, 2].sum()), int(here[:, 1].max()))
         self.telemetry.add_too_long(made.too_long)
         self.telemetry.add_packs(made.num_packs, int(drawn[:, 3].sum()))
-        self.quarantine.add(len(made.drawn) + sum(1 for b in made.bad), made.bad)
+
+    def _finished(self, step: int) -> None:
+        self._history[step] = dict(self._cursors)
+        self._history.pop(step - KEPT_STEPS, None)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """The state behind `step` optimiser steps: some 50 bytes for each stream and source.
+        """Some 50 bytes for each stream and source.
 
         Call it on every rank: where torch.distributed runs, the ranks put their cursors together; ranks that are played
         in one process hand their states to `merge_states`.
-
-        Raises:
-            KeyError: the step was not handed out, or lies more than 100 steps back.
         """
         step = self._done if step is None else step
         if step not in self._history:
@@ -210,14 +179,8 @@ class StreamLoader:
         Raises:
             DataStateError: an input has changed, or the state is that of some of the ranks alone.
         """
-        if state.get("version") != STATE_VERSION:
-            raise DataStateError(f"a data state of version {state.get('version')}; this is version {STATE_VERSION}")
-        if changed := differences(state["inputs"], json.loads(json.dumps(self.inputs))):
-            listed = "".join(f"\n  {line}" for line in changed)
-            raise DataStateError(
-                f"the data are not those that the state was saved with, so it cannot be resumed exactly:{listed}\n"
-                "Put them back as they were, or start a new run from the checkpoint's weights."
-            )
+        if changed := changed_inputs(state, self.inputs):
+            raise other_data(changed)
         missing = [s.number for s in self.streams if str(s.number) not in state["streams"]]
         if missing:
             raise DataStateError(f"the state lacks the streams {missing}: it was saved by some of the ranks alone")
@@ -234,7 +197,3 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     merged["streams"] = {number: cursor for state in states for number, cursor in state["streams"].items()}
     merged["seen"] = Telemetry.add_states([state["seen"] for state in states])
     return merged
-
-
-def _unchanged(item: Any) -> Any:
-    return item

@@ -87,15 +87,10 @@ class Planner:
             }
             for source, index in zip(self.mixture.sources, self.indexes, strict=True)
         }
-        return {
-            "seed": self.mixture.seed,
-            "order": str(self.mixture.order),
-            "tokens_per_pack": self.tokens_per_pack,
-            "samples_per_pack": self.samples_per_pack,
-            "max_tokens_per_example": self.max_tokens,
-            "window_examples": self.window_examples,
-            "sources": sources,
-        }
+        shared = plan_inputs(
+            self.mixture.seed, self.tokens_per_pack, self.samples_per_pack, self.max_tokens, self.window_examples
+        )
+        return {**shared, "order": str(self.mixture.order), "sources": sources}
 
     @property
     def token_limit(self) -> int:
@@ -168,6 +163,19 @@ class Planner:
 def cost_of(tokens: Ints, audio_tokens: Ints) -> NDArray[np.float64]:
     """Compute of samples, in units of the language model's per token."""
     return tokens * (1 + ATTENTION_PER_TOKEN_PAIR * tokens) + ENCODER_PER_AUDIO_TOKEN * audio_tokens
+
+
+def plan_inputs(
+    seed: int, tokens_per_pack: int, samples_per_pack: int | None, max_tokens: int | None, window_examples: int
+) -> dict[str, Any]:
+    """What every plan depends on besides its sources and their order, indexed or streamed."""
+    return {
+        "seed": seed,
+        "tokens_per_pack": tokens_per_pack,
+        "samples_per_pack": samples_per_pack,
+        "max_tokens_per_example": max_tokens,
+        "window_examples": window_examples,
+    }
 
 
 def best_fit(lengths: Ints, capacity: int) -> list[Ints]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,22 +49,35 @@ def restore(
     Raises:
         DataStateError: the state is of another version, or an input has changed and `on_changed` does not allow it.
     """
-    if state.get("version") != STATE_VERSION:
-        raise DataStateError(f"a data state of version {state.get('version')}; this is version {STATE_VERSION}")
+    changed = changed_inputs(state, inputs_of(planner, packs_per_step))
     cursor = Cursor(state["epoch"], state["window"], state["slot"])
-    inputs = json.loads(json.dumps(inputs_of(planner, packs_per_step)))
-    changed = differences(state["inputs"], inputs)
     if not changed:
         draws = tuple(state.get("draws", {}).get(name, 0) for name in planner.names)
         return _started(planner, draws, state.get("carried", [])), cursor
     fixed = [line for line in changed if line.startswith(FIXED)]
     if on_changed is OnChangedData.go_on and not fixed:
         return _go_on(planner, state, cursor)
-    listed = "".join(f"\n  {line}" for line in fixed or changed)
     weaker = "" if fixed else ", or set data.on_changed_data=go_on to complete every source's pass in another order"
-    raise DataStateError(
+    raise other_data(fixed or changed, weaker)
+
+
+def changed_inputs(state: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """What differs between the inputs of a saved state and those of now, one line each.
+
+    Raises:
+        DataStateError: the state is of another version.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise DataStateError(f"a data state of version {state.get('version')}; this is version {STATE_VERSION}")
+    return differences(state["inputs"], json.loads(json.dumps(inputs)))
+
+
+def other_data(changed: Sequence[str], advice: str = "") -> DataStateError:
+    """What to say of changed inputs; `advice` is a further way out."""
+    listed = "".join(f"\n  {line}" for line in changed)
+    return DataStateError(
         f"the data are not those that the state was saved with, so it cannot be resumed exactly:{listed}\n"
-        f"Put them back as they were{weaker}, or start a new run from the checkpoint's weights."
+        f"Put them back as they were{advice}, or start a new run from the checkpoint's weights."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,12 +15,12 @@ from qwen2audio_train.config.schema import (
     StageConfig,
 )
 from qwen2audio_train.data.examples import PREFERENCE_TASKS
-from qwen2audio_train.data.loading.build import Loader, build_batches, eval_batches
-from qwen2audio_train.data.loading.indexed import PackLoader
+from qwen2audio_train.data.loading.base import BatchLoader
+from qwen2audio_train.data.loading.build import build_batches, eval_batches
 from qwen2audio_train.training.stages.process import process
 
 
-def training_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Loader:
+def training_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> BatchLoader[Any]:
     """This rank's training batches.
 
     Raises:
@@ -34,16 +35,15 @@ def training_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) ->
         num_mel_bins=config.model.num_mel_bins,
         bad_examples_path=Path(config.run_dir) / f"bad_examples.rank{state.process_index}.jsonl",
     )
-    indexes = loader.planner.indexes if isinstance(loader, PackLoader) else ()
-    for name, index in zip(loader.source_names, indexes, strict=False):
-        if (not PREFERENCE_TASKS.isdisjoint(index.task_counts)) != (config.stage is Stage.dpo):
-            found = ", ".join(sorted(index.task_counts))
+    for name, tasks in loader.tasks.items():
+        if tasks and (not PREFERENCE_TASKS.isdisjoint(tasks)) != (config.stage is Stage.dpo):
+            found = ", ".join(sorted(tasks))
             expected = "preferences" if config.stage is Stage.dpo else "task or chat examples"
             raise ConfigError(f"data.sources.{name}: holds {found}, the stage {config.stage} learns from {expected}")
     return loader
 
 
-def held_out(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[], Loader] | None:
+def held_out(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[], BatchLoader[Any]] | None:
     """A maker of this rank's held-out batches, tried once, so that what is wrong with them shows before training."""
     if not config.data.eval_sources:
         return None
@@ -54,7 +54,7 @@ def held_out(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Callabl
     return partial(held_out_batches, config, tokenizer)
 
 
-def held_out_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Loader:
+def held_out_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> BatchLoader[Any]:
     """This rank's held-out batches, anew at each call."""
     state = process()
     return eval_batches(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from qwen2audio_train.config.schema import StageConfig
-from qwen2audio_train.data.loading.build import Loader
+from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.prompts.pools import tag_tokens
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.model.build import build_model
@@ -34,7 +36,7 @@ def encoder_trainer(
     arguments: TrainingArguments,
     model: Recogniser,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Loader,
+    batches: BatchLoader[Any],
 ) -> EncoderTrainer:
     """The trainer of stage zero."""
     eval_maker = held_out(config, tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from qwen2audio_train.config.schema import StageConfig
-from qwen2audio_train.data.loading.build import Loader
+from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.training.stages.batches import held_out
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
@@ -19,7 +19,7 @@ def language_modelling_trainer(
     arguments: TrainingArguments,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Loader,
+    batches: BatchLoader[Any],
 ) -> AudioTrainer:
     """The trainer of pre-training and of supervised fine-tuning."""
     eval_maker = held_out(config, tokenizer)

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from qwen2audio_train.config.schema import ConfigError, Objective, PreferenceConfig, Reference, StageConfig
 from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample, UnpairedExample
-from qwen2audio_train.data.loading.build import Loader, eval_batches
+from qwen2audio_train.data.loading.base import BatchLoader
+from qwen2audio_train.data.loading.build import eval_batches
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
 from qwen2audio_train.data.samples.recipe import recipe_of, remote_of
 from qwen2audio_train.evaluation.decoding.generate import Decoding
@@ -42,7 +43,7 @@ def preference_trainer(
     arguments: TrainingArguments,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Loader,
+    batches: BatchLoader[Any],
 ) -> PreferenceTrainer:
     """The trainer of the recipe's objective.
 
@@ -105,7 +106,7 @@ def open_cache(config: StageConfig, arguments: Any, model: Any) -> ReferenceCach
 
 def every_training_pair(
     config: StageConfig, tokenizer: PreTrainedTokenizerBase, model: Any
-) -> Callable[[], Loader] | None:
+) -> Callable[[], BatchLoader[Any]] | None:
     """Batches that hold each training pair once, this rank's share; None for streams, stored as they come by.
 
     Raises:

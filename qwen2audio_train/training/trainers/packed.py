@@ -11,10 +11,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen2audio_train.config.schema import OptimizerConfig
+from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
@@ -38,21 +39,6 @@ from qwen2audio_train.training.trainers.optimizers import build_optimizer
 CONFIG_FILE = "config.yaml"
 
 FRAME_S = HOP_LENGTH / SAMPLING_RATE
-
-
-class Loader(Protocol):
-    """Batches of one rank, and where in the data they stand."""
-
-    @property
-    def source_names(self) -> Sequence[str]: ...
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
-
-    def state_dict(self, step: int) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    telemetry: Any
 
 
 @dataclass
@@ -99,9 +85,9 @@ class PackedTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        loader: Loader,
+        loader: BatchLoader[Any],
         files: RunFiles,
-        eval_batches: Callable[[], Loader] | None = None,
+        eval_batches: Callable[[], BatchLoader[Any]] | None = None,
         rates: OptimizerConfig | None = None,
         **kwargs: Any,
     ) -> None:

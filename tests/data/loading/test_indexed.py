@@ -6,12 +6,14 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import DataConfig, SourceConfig
+from qwen2audio_train.data.loading import base
 from qwen2audio_train.data.loading.build import build_batches, eval_batches
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from tests.data.corpora import equal, is_filler, small_config, step_content, take_steps, two_sources, write_corpus
@@ -172,3 +174,20 @@ def test_impossible_sources_are_refused(tmp_path: Path, config: DataConfig, toke
         build_batches(
             dataclasses.replace(config, sources={"x": SourceConfig(path=[str(tmp_path / "empty.jsonl")])}), tokenizer
         )
+
+
+def test_what_is_made_ahead_reaches_over_a_whole_step(
+    config: DataConfig, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is counted before its first forward: what is not ready by then is made while the model waits."""
+    asked: list[int] = []
+
+    def loader(dataset: Any, *, num_workers: int, prefetch_factor: int, **_: Any) -> list[Any]:
+        asked.append(num_workers * prefetch_factor)
+        return []
+
+    monkeypatch.setattr(base, "DataLoader", loader)
+    for workers, prefetch in ((1, 1), (2, 2), (4, 1), (4, 8)):
+        steps = dataclasses.replace(config, packs_per_step=11, num_workers=workers, prefetch_factor=prefetch)
+        assert list(build_batches(steps, tokenizer)) == []
+    assert asked == [11, 12, 12, 32]

@@ -9,6 +9,7 @@ import json
 import tarfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import DataConfig, SourceConfig
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.loading import streaming
+from qwen2audio_train.data.loading.base import Made
 from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, StreamCursor, StreamSource
-from qwen2audio_train.data.loading.streaming import StreamLoader, merge_states
+from qwen2audio_train.data.loading.streaming import StreamDataset, StreamLoader, merge_states
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.state import DataStateError
 from qwen2audio_train.data.quarantine import BadExample
@@ -242,3 +245,28 @@ def test_an_empty_source_is_told() -> None:
     (stream,) = streams(1, listed("s", [0, 0]))
     with pytest.raises(ValueError, match="s: 16 passes over shards of stream 0 gave no example"):
         next(stream.packs(stream.start()))
+
+
+@pytest.mark.parametrize(
+    ("places", "wanted", "started"), [(1, 8, 8), (2, 8, 8), (3, 8, 6), (11, 8, 8), (7, 3, 3), (4, 4, 4), (5, 0, 0)]
+)
+def test_every_number_of_workers_hands_out_the_same_batches(
+    places: int, wanted: int, started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers played in turn, as the DataLoader asks them."""
+    batches = [[stream] for stream in streams(places, listed("s", [30, 50, 20], 0.7), listed("t", [40], 0.3))]
+    dataset = StreamDataset(batches, lambda raw, *_: raw.example.id, list)  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(Made, "of", classmethod(lambda cls, making, **more: more["cursors"]))
+    whole = list(itertools.islice(dataset, 6 * places))
+    assert dataset.workers(wanted) == started
+
+    def played(number: int) -> Any:
+        monkeypatch.setattr(
+            streaming, "get_worker_info", lambda: SimpleNamespace(id=number, num_workers=started) if started else None
+        )
+        made = iter(dataset)
+        return itertools.chain([next(made)], made)
+
+    workers = [played(number) for number in range(max(started, 1))]
+    made = (next(workers[turn]) for turn in itertools.cycle(range(len(workers))))
+    assert list(itertools.islice((item for item in made if item is not None), 6 * places)) == whole
