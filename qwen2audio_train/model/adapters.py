@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
 )
-from torch import Tensor
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ConfigError
 from qwen2audio_train.model.freeze import PARTS
@@ -83,14 +82,14 @@ def load_adapter(model: PackedQwen2Audio, folder: str, *, trainable: bool) -> Pe
     return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
 
-def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors under the names that they are saved with."""
-    return dict(get_peft_model_state_dict(model))
+def adapter_names(model: PeftModel) -> dict[str, str]:
+    """Name that each tensor of the adapter is saved with -> name of the parameter that holds it.
 
-
-def restore_adapter(model: PeftModel, state: dict[str, Tensor]) -> None:
-    """Put saved tensors, all that `adapter_state` has, into the adapter of `model`."""
-    set_peft_model_state_dict(model, state)
+    PEFT renames what it is given; numbers in place of the tensors come out under the new names.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    numbers = {name: torch.full((1, 1), i) for i, name in enumerate(names)}
+    return {saved: names[int(number)] for saved, number in get_peft_model_state_dict(model, numbers).items()}
 
 
 def merge_adapter(model: PeftModel) -> PackedQwen2Audio:

@@ -76,7 +76,7 @@ def assert_same_end(whole: Path, resumed: Path, last: int = 5) -> None:
     """Two runs ended in the same state."""
     a, b = whole / f"checkpoint-{last}", resumed / f"checkpoint-{last}"
     assert_same(weights_of(a), weights_of(b), "weights")
-    for name in ("optimizer/optimizer.pt", "scheduler.pt", "rng/rng_state.pth"):
+    for name in ("optimizer/rank_00000.safetensors", "scheduler.pt", "rng/rng_state.pth"):
         assert_same(torch.load(a / name, weights_only=False), torch.load(b / name, weights_only=False), name)
     states = [json.loads((folder / "data_state.json").read_text()) for folder in (a, b)]
     assert states[0] == states[1]
@@ -148,7 +148,7 @@ def test_a_finished_run_has_nothing_to_do(noise: Path, copy: Path, capsys: pytes
 
 
 def test_a_finished_run_can_be_made_longer(noise: Path, copy: Path) -> None:
-    longer = recipe(noise, copy, *STEPS, "trainer.max_steps=6", "trainer.lr_scheduler_type=constant")
+    longer = recipe(noise, copy, *STEPS, "trainer.max_steps=6", "trainer.lr_scheduler_type=linear")
     train(longer)
     assert [step for (step,) in logged(longer, "step")] == [1, 2, 3, 4, 5, 6]
 
@@ -202,13 +202,13 @@ def test_changed_data_are_refused_and_named(changes: list[str], says: list[str],
 
 def test_another_model_is_refused(noise: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoint-5")
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: .*language_model\.layers\.2"):
+    with pytest.raises(CheckpointError, match=r"text_config\.num_hidden_layers: 2 when saved, 3 now\nPut them"):
         train(recipe(noise, copy, *STEPS, "model.architecture.text_config.num_hidden_layers=3"))
 
 
 def test_another_width_is_refused(noise: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoint-5")
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: .* is \(.*\), expected \("):
+    with pytest.raises(CheckpointError, match=r"text_config\.intermediate_size: 48 when saved, 50 now"):
         train(recipe(noise, copy, *STEPS, "model.architecture.text_config.intermediate_size=50"))
 
 
@@ -238,17 +238,13 @@ def test_killed_at_any_moment_it_goes_on(noise: Path, tmp_path: Path) -> None:
 def test_another_adapter_is_refused(noise: Path, tmp_path: Path) -> None:
     run = [*STEPS, *LORA, "trainer.max_steps=2"]
     train(recipe(noise, tmp_path, *run))
-    with pytest.raises(
-        CheckpointError, match=r"weights do not fit the model: .*lora_A.* is \(2, \d+\), expected \(3, "
-    ):
+    with pytest.raises(CheckpointError, match=r"adapter\.r: 2 when saved, 3 now"):
         train(recipe(noise, tmp_path, *run, "trainer.max_steps=3", "adapter.r=3"))
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: .*audio_tower"):
+    with pytest.raises(CheckpointError, match=r"adapter\.modules: .*audio_tower"):
         train(recipe(noise, tmp_path, *run, "trainer.max_steps=3", "adapter.modules=[language_model,audio_tower]"))
 
 
 def test_another_optimizer_is_refused(noise: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoint-5")
-    with pytest.raises(
-        CheckpointError, match=r"the state of the optimizer does not fit .*; trainer\.optim, the frozen"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.freeze\.lm_head: False when saved, True now"):
         train(recipe(noise, copy, *STEPS, "model.freeze.lm_head=true"))

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.errors import UserError
 
@@ -27,6 +28,8 @@ MANIFEST = "MANIFEST.json"
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 PARTIAL = ".partial"
+USERS = "used_by"
+"""Folder of a checkpoint whose files name the runs that build on its weights."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -93,19 +96,30 @@ def verify(folder: Path, *, contents: bool = True) -> None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint was not finished; choose an earlier one")
-    try:
-        entries = {name: (entry["size"], entry["sha256"]) for name, entry in json.loads(manifest.read_text()).items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{manifest}: damaged, it is no list of files; choose an earlier checkpoint") from error
-    for name, (size, sha256) in entries.items():
+    entries = read_manifest(manifest)
+    for name, (size, _) in entries.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: listed in {MANIFEST} but missing; choose an earlier checkpoint")
         found = path.stat().st_size
         if found != size:
             raise CheckpointError(f"{path}: {found} bytes, {MANIFEST} says {size}; choose an earlier checkpoint")
-        if contents and checksum(path) != sha256:
-            raise CheckpointError(f"{path}: differs from {MANIFEST} (damaged or edited); choose an earlier checkpoint")
+    if contents:
+        with ThreadPoolExecutor() as pool:
+            sums = pool.map(checksum, [folder / name for name in entries])
+            for (name, (_, sha256)), found_sha256 in zip(entries.items(), sums, strict=True):
+                if found_sha256 != sha256:
+                    raise CheckpointError(
+                        f"{folder / name}: differs from {MANIFEST} (damaged or edited); choose an earlier checkpoint"
+                    )
+
+
+def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of every file that a manifest lists. Raises CheckpointError when it cannot be read."""
+    try:
+        return {name: (entry["size"], entry["sha256"]) for name, entry in json.loads(manifest.read_text()).items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{manifest}: damaged, it is no list of files; choose an earlier checkpoint") from error
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -147,6 +161,16 @@ def resume_point(resume: str, run_dir: Path) -> Path | None:
     return point
 
 
+def newest(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint that `resume` means, not looked into; None to start afresh."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return Path(resume) if Path(resume).is_dir() else None
+    complete = complete_checkpoints(run_dir)
+    return complete[-1] if complete else None
+
+
 def step_of(folder: Path) -> int:
     """Optimiser steps behind a checkpoint."""
     return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
@@ -170,12 +194,18 @@ def write_failure(target: Path, error: Exception) -> CheckpointError:
 
 
 def rotate(run_dir: Path, keep: int | None) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`, and what interrupted saves left behind."""
+    """Delete what interrupted saves left, and the oldest checkpoints beyond `keep` that no other run builds on."""
     for partial in run_dir.glob(f"checkpoint-*{PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
     if keep:
         for folder in complete_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(folder)
+            if not users(folder):
+                shutil.rmtree(folder)
+
+
+def users(checkpoint: Path) -> list[str]:
+    """Run folders, those that are still there, that build on the weights of a checkpoint."""
+    return [user for note in (checkpoint / USERS).glob("*") if Path(user := note.read_text()).is_dir()]
 
 
 def weights_folder(path: str) -> str:
@@ -189,9 +219,8 @@ def weights_folder(path: str) -> str:
     """
     folder = Path(path)
     if not folder.is_dir():
-        if folder.is_absolute() or path.startswith(".") or path.count("/") > 1:
-            raise ConfigError(f"{path}: no such folder, and not a hub id (owner/name)")
-        return path
+        return hub_id(path)
+    folder = folder.absolute()
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return str(folder)
     for name in (MODEL_FOLDER, ADAPTER_FOLDER):
@@ -204,3 +233,20 @@ def weights_folder(path: str) -> str:
             "complete checkpoint"
         )
     return weights_folder(str(checkpoints[-1]))
+
+
+def hub_id(path: str) -> str:
+    """`path`, where it can be the name of a repository on the hub (owner/name).
+
+    Raises:
+        ConfigError: it looks like a folder's, or its first part is a folder here: better now than after a minute of
+            asking the hub for it.
+    """
+    owner, _, name = path.partition("/")
+    if path.startswith((".", "/", "~")) or not name or "/" in name:
+        raise ConfigError(f"{path}: no such folder, and not a hub id (owner/name); looked in {Path.cwd()}")
+    if Path(owner).is_dir():
+        there = [entry.name for entry in Path(owner).iterdir() if entry.is_dir()]
+        hint = nearest(name, there, f"{owner}/") if there else "it is empty"
+        raise ConfigError(f"no folder {path} here, and {owner}/ is a folder, so it is no hub id; {hint}")
+    return path

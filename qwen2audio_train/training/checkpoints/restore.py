@@ -1,27 +1,84 @@
-"""Saved tensors back into a model, none missing and none of another shape."""
+"""Saved weights back into a model under any backend: none missing, none left over, none of another shape."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
 
 
-def load_saved_state(model: Any, state: dict[str, Tensor]) -> None:
-    """Load tensors saved under the published names into a model whose modules are named as transformers 5 does.
+def whole(parameters: Iterable[Tensor], *, changes: bool = False) -> AbstractContextManager:
+    """The parameters with all their elements for the time of the context, also where ZeRO-3 has cut them up.
+
+    Every rank has to enter it. With `changes`, what rank 0 writes into them is kept on all ranks.
+    """
+    cut_up = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not cut_up:
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager = deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0 if changes else None)
+    return gathered
+
+
+def whole_state(model: nn.Module, keep: bool, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Copies of the parameters on the CPU, one after the other; empty on ranks that do not `keep` them.
+
+    Every rank calls it under ZeRO-3.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not trained_only:
+            with whole([parameter]):
+                if keep:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+    return state
+
+
+class SavedWeights:
+    """The safetensors files of a folder, read tensor by tensor under the names of a model's modules.
+
+    Args:
+        renamed: saved name -> name of the model's own tensor.
+    """
+
+    def __init__(self, files: Iterable[Path], renamed: Callable[[str], str]) -> None:
+        opened = [safe_open(path, framework="pt") for path in sorted(files)]
+        self.places = {renamed(name): (file, name) for file in opened for name in file.keys()}  # noqa: SIM118
+
+    def __call__(self, name: str) -> Tensor:
+        file, saved_name = self.places[name]
+        tensor: Tensor = file.get_tensor(saved_name)
+        return tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {own: tuple(file.get_slice(name).get_shape()) for own, (file, name) in self.places.items()}
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, saved: SavedWeights, names: Iterable[str]) -> None:
+    """Write saved tensors into those of `model` that `names` lists, in place; every rank calls it.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape.
     """
-    own = model.state_dict()
-    renamed = {published_to_module(name, own): tensor for name, tensor in state.items()}
-    check_fit(renamed, own)
-    model.load_state_dict(renamed)
+    wanted = set(names)
+    own = {name: parameter for name, parameter in model.named_parameters() if name in wanted}
+    check_fit(saved.shapes(), {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in own.items()})
+    for name, parameter in own.items():
+        with whole([parameter], changes=True):
+            if not hasattr(parameter, "ds_id") or torch.distributed.get_rank() == 0:
+                parameter.data.copy_(saved(name))
 
 
-def check_fit(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+def check_fit(saved: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes of saved tensors with those of the model.
 
     Raises:
@@ -30,13 +87,12 @@ def check_fit(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     lost, more = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if lost or more:
         raise CheckpointError(f"saved weights do not fit the model: missing {lost[:3]}, left over {more[:3]}")
-    for name, tensor in own.items():
-        found, expected = tuple(saved[name].shape), tuple(tensor.shape)
-        if found != expected:
-            raise CheckpointError(f"saved weights do not fit the model: {name} is {found}, expected {expected}")
+    for name, expected in own.items():
+        if saved[name] != expected:
+            raise CheckpointError(f"saved weights do not fit the model: {name} is {saved[name]}, expected {expected}")
 
 
-def published_to_module(name: str, own: dict[str, Tensor]) -> str:
+def published_to_module(name: str, own: Any) -> str:
     """Module name of a published one (`language_model.model.x` -> `model.language_model.x`)."""
     if name in own:
         return name

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,18 +28,8 @@ from qwen2audio_train.model.encoder_cache import encoder_cache_of
 from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints.bases import base_of, check_weights, start_of
 from qwen2audio_train.training.stages.process import process, warnings_only
-
-
-def base_of(weights: str) -> str:
-    """Folder or hub id of the full model: the weights themselves, or what an adapter was trained on."""
-    adapter_config = Path(weights) / "adapter_config.json"
-    if not adapter_config.is_file():
-        return weights
-    base = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ConfigError(f"{adapter_config}: names no base model (base_model_name_or_path)")
-    return folders.weights_folder(str(base))
 
 
 @contextmanager
@@ -62,8 +50,8 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
     Weights that lie in an adapter are merged into their base, unless this stage trains an adapter too and goes on
     with that one.
     """
-    start = folders.weights_folder(config.init_from) if config.init_from else None
-    base = base_of(start) if start else None
+    start = start_of(config)
+    base = base_of(start, check=process().is_main_process) if start else None
     random_weights = base is None and config.model.kind is not ModelKind.released
     with kept_whole() if random_weights else nullcontext():
         quantize = config.adapter.kind is AdapterKind.qlora
@@ -129,7 +117,9 @@ def load_for_inference(
     if num_threads:
         torch.set_num_threads(num_threads)
     folder = folders.weights_folder(checkpoint)
-    base = base_of(folder)
+    if process().is_main_process:
+        check_weights(folder)
+    base = base_of(folder, check=process().is_main_process)
     saved = saved_recipe(folder)
     recipe = overridden(saved or SampleRecipe(), samples or {})
     model: Any = PackedQwen2Audio.from_pretrained(base, dtype=dtype.value if dtype else "auto")
@@ -161,10 +151,10 @@ def differences(
 
 
 def _resolved(model: ModelConfig) -> ModelConfig:
-    """With the folder of weights that a run folder in `audio_encoder` stands for."""
-    if model.kind is not ModelKind.tiny or model.audio_encoder is None:
-        return model
-    return replace(model, audio_encoder=folders.weights_folder(model.audio_encoder))
+    """With the folder of weights, or the hub id, that each path stands for."""
+    keys = ("path",) if model.kind is ModelKind.released else ("audio_encoder", "language_model")
+    found: dict[str, Any] = {key: folders.weights_folder(path) for key in keys if (path := getattr(model, key))}
+    return replace(model, **found)
 
 
 def compile_blocks(model: Any) -> None:

@@ -17,21 +17,33 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from qwen2audio_train.config.data import DataConfig
-from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.data import DataConfig, SampleRecipe
+from qwen2audio_train.config.schema import PARTS, AdapterKind, Stage, StageConfig
 from qwen2audio_train.data.samples.recipe import recipe_of, save_inputs
+from qwen2audio_train.export import generation_config
 from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints.bases import (
+    base_of,
+    content_of,
+    lineage_of,
+    mark_used,
+    parts_of,
+    start_of,
+    write_base,
+)
 from qwen2audio_train.training.stages.process import process, warnings_only
+from qwen2audio_train.training.stages.resume import check_resume, plain, told_by_rank_0
 from qwen2audio_train.training.trainers.packed import PackedTrainer, RunFiles
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "deepspeed", "accelerate")
 
 
 def open_run(config: StageConfig) -> None:
-    """Seed everything, and make the run folder this process's own (rank 0).
+    """Seed everything, make the run folder this process's own (rank 0), and see whether it can be gone on from.
 
     Raises:
         ConfigError: the folder cannot be written to, or another process is training in it.
+        CheckpointError: what is to be resumed is damaged, or another recipe's.
     """
     warnings_only()
     if config.num_threads:
@@ -41,6 +53,14 @@ def open_run(config: StageConfig) -> None:
     torch.manual_seed(config.seed)
     if process().is_main_process:
         folders.hold(Path(config.run_dir))
+    for note in told_by_rank_0(partial(_resume_notes, config, process().num_processes)):
+        if process().is_main_process:
+            print(f"resume: {note}")
+
+
+def _resume_notes(config: StageConfig, world_size: int) -> list[str]:
+    point = folders.resume_point(config.resume, Path(config.run_dir))
+    return [] if point is None else check_resume(config, point, world_size)
 
 
 def as_yaml(config: Any) -> str:
@@ -67,29 +87,45 @@ def make_selfmade(data: DataConfig) -> None:
 def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFiles:
     """What every checkpoint says about where it comes from."""
     text = as_yaml(config)
+    before = lineage_of(folders.newest(config.resume, Path(config.run_dir)))
+    start = start_of(config)
+    main = process().is_main_process
     lineage = {
         "stage": config.stage.value,
+        "backend": "none" if config.deepspeed.stage is None else "deepspeed",
+        "zero_stage": config.deepspeed.stage,
+        "world_size": process().num_processes,
+        "dtype": config.model.dtype.value,
+        "bf16": bool(config.trainer.get("bf16", False)),
+        "trained": [part for part in PARTS if not getattr(config.model.freeze, part)],
+        "adapter": None if config.adapter.kind is AdapterKind.none else plain(config.adapter),
         "init_from": config.init_from,
-        "base": base_hash(config),
+        "start": start,
+        "base": before.get("base") if before else (content_of(config) if main else None),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+    needed = base_of(start or parts_of(config).get("model.path", ""), check=False)
+    if main and needed and (config.adapter.kind is not AdapterKind.none or config.stage is Stage.dpo):
+        for weights in {needed, start or needed}:
+            mark_used(weights, config.run_dir)
     samples = recipe_of(config.data, config.model.num_mel_bins)
-    return RunFiles(text, lineage, partial(save_inputs, tokenizer, samples))
+    return RunFiles(text, lineage, partial(save_companions, tokenizer, samples, needed))
 
 
-def base_hash(config: StageConfig) -> dict[str, str] | None:
-    """Checksums of the local weights that a stage starts from, on rank 0; None for a hub id or random weights."""
-    if config.init_from is None or not process().is_main_process:
-        return None
-    folder = Path(folders.weights_folder(config.init_from))
-    return {file.name: folders.checksum(file) for file in sorted(folder.glob("*.safetensors"))} or None
+def save_companions(tokenizer: PreTrainedTokenizerBase, samples: SampleRecipe, base: str, folder: Path) -> None:
+    """Write what weights need beside them: the processor, where decoding ends, and of an adapter what it lies on."""
+    save_inputs(tokenizer, samples, folder)
+    if not (folder / "adapter_config.json").is_file():
+        generation_config(tokenizer).save_pretrained(folder)
+    elif base:
+        write_base(folder, base)
 
 
 def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     """Train from the newest complete checkpoint, or from the start, and leave a checkpoint of the last step behind."""
     trainer.remove_callback(PrinterCallback)
-    point = folders.resume_point(config.resume, Path(config.run_dir))
+    point = folders.newest(config.resume, Path(config.run_dir))  # verified in `open_run`
     if point is not None:
         done = folders.step_of(point) >= trainer.args.max_steps
         if trainer.args.should_save:

@@ -17,7 +17,7 @@ from qwen2audio_train.data.prompts.render import Text, render
 from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.training.checkpoints import folder as folders
-from qwen2audio_train.training.stages.policy import base_of
+from qwen2audio_train.training.checkpoints.bases import base_of, start_of
 
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
 
@@ -27,8 +27,8 @@ def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
 
     A tiny model's is fitted on the training text of the stage.
     """
-    if config.init_from is not None:
-        return load_tokenizer("init_from", base_of(folders.weights_folder(config.init_from)))
+    if (start := start_of(config)) is not None:
+        return load_tokenizer("init_from", base_of(start, check=False))
     if config.model.kind is ModelKind.released:
         return load_tokenizer("model.path", config.model.path)
     if config.model.kind is ModelKind.assembled:
@@ -43,7 +43,7 @@ def load_tokenizer(key: str, path: str | None) -> Any:
     if path is None:
         raise ConfigError(f"{key}: no value was given; set {key}=... to a folder or hub id")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(folders.weights_folder(path))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key}={path}: no tokenizer could be loaded from there ({reason})") from error

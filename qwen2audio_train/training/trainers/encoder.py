@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.checkpoints import folder as folders
-from qwen2audio_train.training.checkpoints.restore import load_saved_state
+from qwen2audio_train.training.checkpoints.restore import SavedWeights, published_to_module, whole_state
 from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
 
 HEAD_FILE = "recogniser_head.safetensors"
+AUDIO, HEAD = "audio.", "lm_head."
+"""Where the tower's model and the head stand in a recogniser."""
 
 
 class EncoderTrainer(PackedTrainer, Trainer):
@@ -60,11 +62,18 @@ class EncoderTrainer(PackedTrainer, Trainer):
         return metrics
 
     def _save_weights(self, partial: Path) -> None:
+        state = whole_state(self._recogniser(), self.args.should_save)
         if self.args.should_save:
-            unwrap(self._recogniser()).save_pretrained(partial / folders.MODEL_FOLDER)
+            model, head = ({n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in (AUDIO, HEAD))
+            unwrap(self._recogniser()).save_pretrained(partial / folders.MODEL_FOLDER, state_dict=model)
             self.files.save_processor(partial / folders.MODEL_FOLDER)
-            save_file(self._recogniser().lm_head.state_dict(), partial / HEAD_FILE)
+            save_file(head, partial / HEAD_FILE)
 
-    def _restore_weights(self, folder: Path) -> None:
-        load_saved_state(unwrap(self._recogniser()), load_file(folder / folders.MODEL_FOLDER / "model.safetensors"))
-        self._recogniser().lm_head.load_state_dict(load_file(folder / HEAD_FILE))
+    def _saved_weights(self, folder: Path) -> SavedWeights:
+        names = {name.removeprefix(AUDIO) for name, _ in self._recogniser().named_parameters()}
+        head = SavedWeights([folder / HEAD_FILE], lambda name: HEAD + name)
+        found = SavedWeights(
+            (folder / folders.MODEL_FOLDER).glob("*.safetensors"), lambda name: AUDIO + published_to_module(name, names)
+        )
+        found.places |= head.places
+        return found

@@ -20,9 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen2audio_train.config.schema import OptimizerConfig
@@ -30,13 +28,12 @@ from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
-from qwen2audio_train.model.adapters import adapter_state, restore_adapter
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
-from qwen2audio_train.training.checkpoints.restore import check_fit, load_saved_state
+from qwen2audio_train.training.checkpoints import optimizer_state
+from qwen2audio_train.training.checkpoints.restore import whole_state
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
-
-CONFIG_FILE = "config.yaml"
+from qwen2audio_train.training.trainers.resumed import CONFIG_FILE, ResumedTrainer
 
 FRAME_S = HOP_LENGTH / SAMPLING_RATE
 
@@ -74,13 +71,8 @@ class Diverged(UserError):
     """Training went beyond what numbers can hold."""
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ResumedTrainer):
     """Mixin; see the module's docstring."""
-
-    model: Any
-    model_wrapped: Any
-    optimizer: Any
-    lr_scheduler: Any
 
     def __init__(
         self,
@@ -219,22 +211,23 @@ class PackedTrainer(Trainer):
 
     def _save_weights(self, partial: Path) -> None:
         adapter = is_peft_model(self.model)
-        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
-        if not self.args.should_save:
-            return
-        folder = partial / (folders.ADAPTER_FOLDER if adapter else folders.MODEL_FOLDER)
-        (self.model if adapter else unwrap(self.model)).save_pretrained(folder, state_dict=state)
-        self.files.save_processor(folder)
+        saved = self.model if adapter else unwrap(self.model)
+        # An engine's weights are views of a flat buffer, or cut up: the saving rank takes copies.
+        engine = self.is_deepspeed_enabled
+        state = whole_state(saved, self.args.should_save, trained_only=adapter) if engine else None
+        if self.args.should_save:
+            folder = partial / (folders.ADAPTER_FOLDER if adapter else folders.MODEL_FOLDER)
+            saved.save_pretrained(folder, state_dict=state)
+            self.files.save_processor(folder)
 
     def _save_training_state(self, partial: Path) -> None:
         (partial / "rng").mkdir(exist_ok=True)
         self._save_rng_state(str(partial / "rng"))
-        if self.is_deepspeed_enabled:
-            frozen = {"exclude_frozen_parameters": True} if is_peft_model(self.model) else {}
-            self.model_wrapped.save_checkpoint(str(partial / "deepspeed"), **frozen)
-        elif self.args.should_save:
-            (partial / "optimizer").mkdir()
-            folders.save_state(self.optimizer.state_dict(), partial / "optimizer" / "optimizer.pt")
+        (partial / optimizer_state.FOLDER).mkdir(exist_ok=True)
+        sharded = self.is_deepspeed_enabled and self.model_wrapped.zero_optimization_stage() > 0
+        if self.args.should_save or sharded:
+            folder, rank = partial / optimizer_state.FOLDER, self.args.process_index
+            optimizer_state.save_optimizer(self.model, self._whose_state(), folder, rank)
         if self.args.should_save:
             folders.save_state(self.lr_scheduler.state_dict(), partial / "scheduler.pt")
 
@@ -247,58 +240,3 @@ class PackedTrainer(Trainer):
     def _wait(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
-
-    # Resume -----------------------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing here: weights are restored after wrapping, at one place for every backend (`_restore`)."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            super()._load_rng_state(str(Path(checkpoint) / "rng"))
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            self._restore(Path(resume_from_checkpoint))
-        if self.args.should_save:
-            # Not before: a start that is refused leaves the record of the run as it was.
-            (Path(str(self.args.output_dir)) / CONFIG_FILE).write_text(self.files.config_yaml)
-        return prepared
-
-    def _restore(self, folder: Path) -> None:
-        """Weights, optimizer, schedule and place in the data of a verified checkpoint."""
-        base = json.loads((folder / "lineage.json").read_text())["base"]
-        if self.args.should_save and is_peft_model(self.model) and base != self.files.lineage["base"]:
-            raise folders.CheckpointError(
-                f"{folder}: its adapter was trained on other base weights than those of init_from "
-                f"({self.files.lineage['init_from']}); put them back"
-            )
-        self.loader.load_state_dict(json.loads((folder / "data_state.json").read_text()))
-        if self.is_deepspeed_enabled:
-            strict = not is_peft_model(self.model)
-            self.model_wrapped.load_checkpoint(str(folder / "deepspeed"), load_module_strict=strict)
-        else:
-            self._restore_weights(folder)
-            state = torch.load(folder / "optimizer" / "optimizer.pt", map_location="cpu", weights_only=True)
-            try:
-                self.optimizer.load_state_dict(state)
-            except ValueError as error:
-                raise folders.CheckpointError(
-                    f"{folder}: the state of the optimizer does not fit ({error}); trainer.optim, the frozen parts, "
-                    "the adapter and the learning rates per module have to be those of the run that is resumed"
-                ) from error
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
-
-    def _restore_weights(self, folder: Path) -> None:
-        adapter = is_peft_model(self.model)
-        state: dict[str, Tensor] = {}
-        for shard in sorted(
-            (folder / (folders.ADAPTER_FOLDER if adapter else folders.MODEL_FOLDER)).glob("*.safetensors")
-        ):
-            state |= load_file(shard)
-        if adapter:
-            check_fit(state, adapter_state(self.model))
-            restore_adapter(self.model, state)
-        else:
-            load_saved_state(self.model, state)

@@ -26,13 +26,13 @@ from tests.runs import build_trainer, logged, recipe, train
 SAVING = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.max_steps=2"]
 LORA = ["adapter.kind=lora", "adapter.r=2"]
 
-MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+MODEL = {"sample_recipe.json", "config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR = {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 STATE = {
     "config.yaml",
     "data_state.json",
     "lineage.json",
-    "optimizer/optimizer.pt",
+    "optimizer/rank_00000.safetensors",
     "rng/rng_state.pth",
     "scheduler.pt",
     "trainer_state.json",
@@ -85,7 +85,7 @@ def test_its_lineage_says_where_it_comes_from(noise: Path, finished: Path, tmp_p
 def test_a_lora_checkpoint_leaves_the_base_out(noise: Path, finished: Path, tmp_path: Path) -> None:
     train(recipe(noise, tmp_path, *SAVING, *LORA, f"init_from={finished}"))
     folder = tmp_path / "checkpoint-2"
-    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"base.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert files_of(folder) == {f"adapter/{name}" for name in adapter | PROCESSOR} | STATE | {folders.MANIFEST}
     assert all("lora_" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
     assert json.loads((folder / "lineage.json").read_text())["base"].keys() == {"model.safetensors"}
@@ -106,7 +106,11 @@ def flip(path: Path) -> None:
 
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("model/model.safetensors", truncate, r"model/model\.safetensors: \d+ bytes, MANIFEST\.json says \d+; choose"),
-    ("optimizer/optimizer.pt", Path.unlink, r"optimizer/optimizer\.pt: listed in MANIFEST\.json but missing; choose"),
+    (
+        "optimizer/rank_00000.safetensors",
+        Path.unlink,
+        r"optimizer/rank_00000\.safetensors: listed in MANIFEST\.json but missing; choose",
+    ),
     ("MANIFEST.json", Path.unlink, r"checkpoint-2: no MANIFEST\.json, so the checkpoint was not finished; choose"),
     ("MANIFEST.json", truncate, r"MANIFEST\.json: damaged, it is no list of files; choose"),
 ]
@@ -124,9 +128,11 @@ def test_an_incomplete_checkpoint_is_passed_over(
 
 def test_a_changed_byte_is_refused_by_name(run_dir: Path) -> None:
     """It is not passed over in silence: a disk that changes bytes may have changed the earlier ones too."""
-    flip(run_dir / "checkpoint-2" / "optimizer" / "optimizer.pt")
+    flip(run_dir / "checkpoint-2" / "optimizer" / "rank_00000.safetensors")
     for resume in ("auto", str(run_dir / "checkpoint-2")):
-        with pytest.raises(CheckpointError, match=r"checkpoint-2/optimizer/optimizer\.pt: differs from MANIFEST\.json"):
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-2/optimizer/rank_00000\.safetensors: differs from MANIFEST\.json"
+        ):
             resume_point(resume, run_dir)
 
 
