@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
 
 
-def whole(parameters: Iterable[Tensor], *, changes: bool = False) -> AbstractContextManager:
+def whole(parameters: Iterable[Tensor], *, changes: bool = False) -> AbstractContextManager[Any]:
     """The parameters with all their elements for the time of the context, also where ZeRO-3 has cut them up.
 
     Every rank has to enter it. With `changes`, what rank 0 writes into them is kept on all ranks.
@@ -24,7 +24,8 @@ def whole(parameters: Iterable[Tensor], *, changes: bool = False) -> AbstractCon
         return nullcontext()
     import deepspeed
 
-    gathered: AbstractContextManager = deepspeed.zero.GatheredParameters(cut_up, modifier_rank=0 if changes else None)
+    modifier = 0 if changes else None
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(cut_up, modifier_rank=modifier)
     return gathered
 
 

@@ -85,7 +85,7 @@ def test_its_lineage_says_where_it_comes_from(noise: Path, finished: Path, tmp_p
 def test_a_lora_checkpoint_leaves_the_base_out(noise: Path, finished: Path, tmp_path: Path) -> None:
     train(recipe(noise, tmp_path, *SAVING, *LORA, f"init_from={finished}"))
     folder = tmp_path / "checkpoint-2"
-    adapter = {"base.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"base.json", "sample_recipe.json", "README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert files_of(folder) == {f"adapter/{name}" for name in adapter | PROCESSOR} | STATE | {folders.MANIFEST}
     assert all("lora_" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
     assert json.loads((folder / "lineage.json").read_text())["base"].keys() == {"model.safetensors"}
