@@ -174,7 +174,7 @@ class DataConfig:
     max_bad_examples: int | None = at_least(0, None)
     """Bad examples after which the run stops; unset = only the share counts."""
     max_bad_share: float = at_least(0, 0.01, 1)
-    """Share of bad examples (of those seen, from 1 000 on) beyond which the run stops."""
+    """Share of bad examples (of those seen, from 100 on) beyond which the run stops."""
     network_retries: int = at_least(0, 5)
     network_timeout_s: float = at_least(0, 30.0)
     cache_dir: str = "data_cache"

@@ -10,7 +10,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -31,17 +30,7 @@ class Making:
 
     samples: list[Sample] = field(default_factory=list)
     bad: list[BadExample] = field(default_factory=list)
-    name: str = ""
     began: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def example(self, name: str, source: str) -> Iterator[None]:
-        """Whatever is wrong with an example costs this example alone; `name` may be set to a better one meanwhile."""
-        self.name = name
-        try:
-            yield
-        except Exception as error:
-            self.bad.append(BadExample.of(error, self.name, source))
 
 
 @dataclass

@@ -51,7 +51,7 @@ def build_batches(
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
     maker = maker_of(data, tokenizer, num_mel_bins)
-    quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share)
+    quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share, shown=rank == 0)
     streaming = [name for name, source in data.sources.items() if source.streaming]
     if streaming:
         if len(streaming) < len(data.sources) or epochs is not None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from qwen2audio_train.config.data import DataConfig, LossWeighting, Order
 from qwen2audio_train.config.schema import ConfigError
@@ -21,11 +22,12 @@ from qwen2audio_train.data.manifests.readers import Row
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.mixture import weighting_of
 from qwen2audio_train.data.order.planner import plan_inputs
-from qwen2audio_train.data.quarantine import BadExample, Quarantine
+from qwen2audio_train.data.quarantine import BadExample, Quarantine, costing_one_example
 from qwen2audio_train.data.samples.maker import Maker, collator_of
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.data.storage.files import text_hash
+from qwen2audio_train.errors import ExampleError
 
 SMALLEST_WINDOW = 64
 
@@ -110,21 +112,29 @@ class ShardReader:
 
     def read(self, shard: int) -> Iterator[Raw | BadExample]:
         """The examples of a shard; what cannot be read comes as a bad one in its place."""
-        number = 0
         place = self.corpus.place(shard)
-        try:
+        bad: list[BadExample] = []  # a shard that vanishes or breaks off costs the rest of itself
+        with costing_one_example(bad, f"{place}:1", self.corpus.name) as suspect:
             for number, row, contents in self.corpus.rows_with_bytes(shard):
+                suspect.example = f"{place}:{number}"
                 yield self._example(row, contents, place, number)
-        except Exception as error:  # a shard that vanishes or breaks off costs the rest of itself
-            yield BadExample.of(error, f"{place}:{number + 1}")
+                suspect.example = f"{place}:{number + 1}"
+        yield from bad
 
     def _example(self, row: Row | ManifestError, contents: Contents, place: str, number: int) -> Raw | BadExample:
         try:
             if isinstance(row, ManifestError):
                 raise row
-            return Raw(parse_line(json.dumps(self.corpus.record(row)), place, number), contents)
-        except (ManifestError, TypeError) as error:
+            return Raw(parse_line(_json(self.corpus.record(row)), place, number), contents)
+        except ExampleError as error:
             return BadExample.of(error, f"{place}:{number}", line=number)
+
+
+def _json(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record)
+    except TypeError as error:
+        raise ExampleError(f"a column that holds no plain value ({error})") from error
 
 
 def _measure(maker: Maker, raw: Raw) -> Measured:

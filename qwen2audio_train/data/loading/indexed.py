@@ -21,7 +21,7 @@ from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.order.index import Index
 from qwen2audio_train.data.order.planner import Cursor, Pack, Planner, deal, steps
 from qwen2audio_train.data.order.state import inputs_of, restore, save_state
-from qwen2audio_train.data.quarantine import Quarantine
+from qwen2audio_train.data.quarantine import Quarantine, costing_one_example
 from qwen2audio_train.data.samples.collate import Batch
 from qwen2audio_train.data.samples.sample import Sample
 
@@ -46,9 +46,10 @@ class PackDataset(Dataset[tuple[Batch, Made]]):
     def __getitem__(self, rows: NDArray[np.int64]) -> tuple[Batch, Made]:
         making = Making()
         for source, number, position in rows.tolist():
-            with making.example(f"{self.names[source]}#{position}", self.names[source]):
+            name = self.names[source]
+            with costing_one_example(making.bad, f"{name}#{position}", name) as suspect:
                 example = self.indexes[source].read(position)
-                making.name = example.id
+                suspect.example = example.id
                 making.samples.append(self.materialise(example, source, number))
         return self.collate(making.samples), Made.of(making)
 

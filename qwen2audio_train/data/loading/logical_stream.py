@@ -21,7 +21,7 @@ from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.mixture import PositionTree, apportion
 from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.order.planner import best_fit, cost_of, equal_groups
-from qwen2audio_train.data.quarantine import BadExample
+from qwen2audio_train.data.quarantine import BadExample, costing_one_example
 from qwen2audio_train.errors import UserError
 
 MOST_EMPTY_PASSES = 16
@@ -154,10 +154,8 @@ class LogicalStream:
             if isinstance(raw, BadExample):
                 bad.append(replace(raw, source=self.sources[source].name))
                 continue
-            try:
+            with costing_one_example(bad, raw.example.id, self.sources[source].name):
                 drawn.append(Drawn(source, places[source].number, raw, self.measure(raw)))
-            except Exception as error:  # whatever is wrong with an example costs this example alone
-                bad.append(BadExample.of(error, raw.example.id, self.sources[source].name))
         return drawn, tuple(bad), StreamCursor(tuple(places), cursor.position + self.window_examples)
 
     def _groups(self, drawn: Sequence[Drawn], position: int) -> list[NDArray[np.int64]]:

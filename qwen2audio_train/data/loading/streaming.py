@@ -20,7 +20,7 @@ from qwen2audio_train.data.loading.base import BatchLoader, Made, Making, check_
 from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, StreamCursor, StreamPack
 from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.order.state import STATE_VERSION, DataStateError, changed_inputs, other_data, plan_hash
-from qwen2audio_train.data.quarantine import Quarantine
+from qwen2audio_train.data.quarantine import Quarantine, costing_one_example
 from qwen2audio_train.data.samples.collate import Batch
 from qwen2audio_train.data.samples.sample import Sample
 
@@ -83,7 +83,7 @@ class StreamDataset(IterableDataset[tuple[Batch, StreamMade] | None]):
         making = Making()
         for stream, pack in packs:
             for item in pack.drawn:
-                with making.example(item.raw.example.id, stream.sources[item.source].name):
+                with costing_one_example(making.bad, item.raw.example.id, stream.sources[item.source].name):
                     making.samples.append(self.make_sample(item.raw, item.source, item.number))
             making.bad += pack.bad
         drawn = [item for _, pack in packs for item in pack.drawn]

@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.manifests.readers import TABLES, class_names, name_classes
+from qwen2audio_train.data.storage.blobs import BlobError
 
 KINDS = (("parquet", "**/*.parquet"), ("arrow", "**/*.arrow"), ("json", "**/*.jsonl"))
 """Builders of `datasets` for a local folder, and the files that it is told by."""
@@ -42,7 +43,7 @@ class HubStream:
         """
         features = self._dataset.features
         classes = class_names(features.to_dict()) if features else {}
-        for number, row in enumerate(self._raw_audio(audio).shard(self.num_shards, shard)):
+        for number, row in enumerate(_readable(self._raw_audio(audio).shard(self.num_shards, shard))):
             row = name_classes(row, classes)
             cell = row[audio] if isinstance(row.get(audio), dict) else {"path": row.get(audio)}
             data = cell.get("bytes")
@@ -61,6 +62,14 @@ class HubStream:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_dataset"}
+
+
+def _readable(rows: Any) -> Iterator[Any]:
+    """The rows. Raises BlobError for whatever `datasets` and the many readers that it calls raise of a shard."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise BlobError(f"the shard cannot be read ({type(error).__name__}: {error})") from error
 
 
 def is_table(path: str) -> bool:

@@ -243,10 +243,13 @@ def _read_objects(file: str) -> Rows:
 def _read_cells(file: str, delimiter: str) -> Rows:
     with io.TextIOWrapper(open_lines(file), encoding="utf-8-sig", newline="") as lines:
         table = csv.reader(lines, delimiter=delimiter)
-        names = next(table, [])
-        for cells in table:
-            if len(cells) == len(names):
-                yield table.line_num, dict(zip(names, cells, strict=True))
-            elif cells:
-                found = ManifestError(file, table.line_num, "", f"{len(names)} cells", f"{len(cells)}")
-                yield table.line_num, found
+        try:
+            names = next(table, [])
+            for cells in table:
+                if len(cells) == len(names):
+                    yield table.line_num, dict(zip(names, cells, strict=True))
+                elif cells:
+                    found = ManifestError(file, table.line_num, "", f"{len(names)} cells", f"{len(cells)}")
+                    yield table.line_num, found
+        except (csv.Error, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+            yield table.line_num + 1, ManifestError(file, table.line_num + 1, "", "a whole table", str(error))

@@ -24,9 +24,10 @@ from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.cache import Manifest, unreadable
 from qwen2audio_train.data.manifests.manifest import parse_line
-from qwen2audio_train.data.quarantine import BadExample
+from qwen2audio_train.data.quarantine import BadExample, costing_one_example
 from qwen2audio_train.data.storage.files import content_hash, locked, text_hash
 from qwen2audio_train.data.storage.parallel import in_order, processes
+from qwen2audio_train.errors import ExampleError
 
 RECORD = np.dtype(
     [
@@ -199,15 +200,12 @@ def _build_part(measure: Measure, job: tuple[_Part, Path]) -> None:
     for line, (offset, raw) in enumerate(_lines(part), start=1):
         if not raw.strip():
             continue
-        try:
+        with costing_one_example(bad, f"{part.file.place}:{line}", line=line):
             if (reason := unreadable(raw)) is not None:
-                raise ValueError(reason)
+                raise ExampleError(reason)
             m = measure(parse_line(raw, part.file.place, line))
-        except Exception as error:  # whatever is wrong with a line costs this line alone
-            bad.append(BadExample.of(error, example=f"{part.file.place}:{line}", line=line))
-            continue
-        task = tasks.setdefault(m.task, len(tasks))
-        rows.append((offset, len(raw), m.duration_s, m.audio_tokens, m.text_tokens, part.number, task))
+            task = tasks.setdefault(m.task, len(tasks))
+            rows.append((offset, len(raw), m.duration_s, m.audio_tokens, m.text_tokens, part.number, task))
     np.array(rows, RECORD).tofile(path.with_suffix(".bin"))
     head = {"tasks": list(tasks), "num_lines": line, "bad": [asdict(b) for b in bad]}
     partial_path = path.with_suffix(".partial")
