@@ -10,9 +10,12 @@ TORCH  ?= $(ASKED)
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-fast lint format typecheck check clean
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP)
+.PHONY: help install demo test test-fast lint format typecheck check clean
+
+install: $(STAMP) ## the environment in .venv
 
 ifneq ($(TORCH),$(ASKED))
 .PHONY: $(STAMP)
@@ -30,27 +33,27 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	echo "$(TORCH)" > $@
 
-demo: install
+demo: install ## the whole recipe on the self-made corpus
 	$(BIN)/python launch/recipe.py
 
-test: install
+test: install ## the test suite
 	$(BIN)/python -m pytest
 
-test-fast: install
+test-fast: install ## without the tests that take over five seconds
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: install
+lint: install ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install
+format: install ## ruff, mending what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: install
+typecheck: install ## mypy
 	$(BIN)/mypy
 
-check: lint typecheck test
+check: lint typecheck test ## what CI runs
 
 clean:
 	rm -rf $(VENV) data_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
