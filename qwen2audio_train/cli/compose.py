@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import qwen2audio_train
 from qwen2audio_train.cli.door import door
+from qwen2audio_train.cli.recipe_files import keep_text_in_recipes
+from qwen2audio_train.config.as_written import load_yaml
 from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.keys import type_at
 from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Schema, StageConfig, load_config
@@ -35,6 +37,8 @@ def shipped(folder: str) -> Path:
     package = Path(qwen2audio_train.__file__).resolve().parent
     return package / folder if (package / folder).is_dir() else package.parent / folder
 
+
+keep_text_in_recipes()
 
 RECIPES = shipped("recipes")
 LAUNCH = shipped("launch")
@@ -84,7 +88,7 @@ def given(arguments: Sequence[str], schema: type[Schema]) -> Schema:
     for argument in files:
         if not argument.endswith((".yaml", ".yml")):
             raise ConfigError(f"{argument}: expected key=value, or a YAML file that holds keys")
-    raw = OmegaConf.merge({}, *[OmegaConf.load(file) for file in files])
+    raw = OmegaConf.merge({}, *[load_yaml(Path(file).read_text(encoding="utf-8"), schema) or {} for file in files])
     for argument in arguments:
         if "=" in argument:
             override = OverridesParser.create().parse_override(readable(argument, schema))

@@ -61,6 +61,8 @@ def misfits(node: Any, schema: Any, path: str = "") -> Iterator[str]:
             yield from misfits(value, get_args(schema)[1], f"{path}{name}.")
     elif get_origin(schema) is list and not isinstance(node, list):
         yield f"{key}: {node!r} is no list; write {key}=[{node}]"
+    elif schema is str and isinstance(node, bool | float):
+        yield f"{key}: {str(node).lower()} was read as a value, and text is expected; put it in quotes"
     elif isinstance(schema, type) and issubclass(schema, Enum) and str(node) not in schema.__members__:
         yield no_choice(key, node, schema.__members__)
 

@@ -21,6 +21,7 @@ class SourceFormat(StrEnum):
     huggingface = "huggingface"
     kaldi = "kaldi"
     lhotse = "lhotse"
+    audiofolder = "audiofolder"
 
 
 class Order(StrEnum):
