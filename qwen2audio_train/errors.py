@@ -20,3 +20,8 @@ class ExampleError(UserError):
 
 class MissingLibraryError(UserError):
     """An optional library that was asked for is not installed; the message names the package."""
+
+
+def writable(text: str) -> str:
+    """The same text, bytes of a name that is not UTF-8 written as escapes: so that every error can be printed."""
+    return text.encode("utf-8", "backslashreplace").decode()

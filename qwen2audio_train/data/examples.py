@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +79,18 @@ class UnpairedExample:
 
 
 Example = TaskExample | ChatExample | PreferenceExample | UnpairedExample
+
+
+PLACEHOLDER = re.compile(r"<(?:\|/?(?:audio|audio_bos|audio_eos)\||/?audio)>", re.IGNORECASE)
+
+
+def placeholder_in(text: str) -> str | None:
+    """What stands in a text for a clip (`<audio>`, `<|AUDIO|>` and their kin), None if nothing does.
+
+    In an example of ours clips are parts of their own, so that such a mark would be learnt as mere characters.
+    """
+    found = PLACEHOLDER.search(text) if "<" in text else None
+    return found.group() if found else None
 
 
 PAIRED, DESIRABLE, UNDESIRABLE = "preference", "desirable", "undesirable"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen2audio_train.errors import ExampleError, UserError
+from qwen2audio_train.errors import ExampleError, UserError, writable
+
+PLACE = re.compile(r"^.*?:\d+: ")
+"""Where in which file, at the start of an error."""
 
 
 class TooManyBadExamples(UserError):
@@ -31,7 +35,8 @@ class BadExample:
 
     @staticmethod
     def of(error: BaseException, example: str, source: str = "", line: int = 0) -> BadExample:
-        return BadExample(example, type(error).__name__, str(error) or repr(error), source, line)
+        reason = writable(str(error) or repr(error))
+        return BadExample(writable(example), type(error).__name__, reason, source, line)
 
 
 @dataclass
@@ -117,3 +122,11 @@ class Quarantine:
             f"{self.num_bad} of {self.num_seen} examples could not be used, more than data.{limit} allows{listed}. "
             f"Mend or remove them (launch/data.py check finds them all), or raise the limit. The last ones:{last}"
         )
+
+
+def count_reasons(reasons: Iterable[str], most: int = 3) -> str:
+    """The commonest of some reasons with their numbers, in words; places (file:line:) are left out."""
+    counts = Counter(PLACE.sub("", reason) for reason in reasons).most_common()
+    shown = "; ".join(f"{count} x {reason}" for reason, count in counts[:most])
+    rest = sum(count for _, count in counts[most:])
+    return f"{shown}; and {rest} for other reasons" if rest else shown

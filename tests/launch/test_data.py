@@ -69,12 +69,15 @@ def test_from_a_table_to_a_look_at_an_example(
         (["chat", "output=o.jsonl"], "manifests: no value was given"),
         (["check", "manifest=[a]"], "manifest: unknown key; did you mean manifests?"),
         (["show"], "manifest: no value was given"),
-        (["show", "manifest=/none/m.jsonl"], "No such file"),
+        (["show", "manifest=/none/m.jsonl"], "manifest: no file"),
         (["show", "manifest=m", "prompt_style=tags"], "prompt_style"),
         (["convert", "nonsense"], "nonsense: expected key=value, or a YAML file"),
         (["convert", "broken.yaml"], "error: while parsing a flow node"),
         (["convert", "HERE.yaml"], "error: [Errno 21] Is a directory: "),
-        (["chat", "manifests=[HERE.yaml]", "output=o.jsonl"], "error: [Errno 21] Is a directory: 'HERE.yaml'"),
+        (
+            ["chat", "manifests=[HERE.yaml]", "output=o.jsonl"],
+            "manifests: HERE.yaml is of no form that can be told by its looks",
+        ),
     ],
 )
 def test_what_cannot_be_run(

@@ -18,7 +18,7 @@ from qwen2audio_train.config.data import AugmentConfig
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import AudioError, load_audio
 from qwen2audio_train.data.examples import Clip
-from qwen2audio_train.data.manifests.readers import read_table
+from qwen2audio_train.data.manifests.tables import read_table
 from qwen2audio_train.data.order.permutation import hash_key
 from qwen2audio_train.data.storage.paths import expand_paths
 from qwen2audio_train.layout import MAX_SAMPLES, MIN_FRAMES, SAMPLING_RATE, num_frames

@@ -17,7 +17,7 @@ from qwen2audio_train.data.loading.base import BatchLoader, are_preferences
 from qwen2audio_train.data.loading.build_streaming import build_streams
 from qwen2audio_train.data.loading.indexed import PackDataset, PackLoader
 from qwen2audio_train.data.manifests.cache import find_manifests
-from qwen2audio_train.data.order.index import Index, open_index
+from qwen2audio_train.data.order.index import Index, open_index, why_empty
 from qwen2audio_train.data.order.mixture import MixedSource, Mixture, weighting_of
 from qwen2audio_train.data.order.planner import Planner
 from qwen2audio_train.data.quarantine import Quarantine
@@ -124,7 +124,8 @@ def build_planner(data: DataConfig, indexes: Mapping[str, Index]) -> Planner:
     sizes = {name: _size(index, data.sources[name]) for name, index in indexes.items()}
     for name, size in sizes.items():
         if size == 0:
-            raise ConfigError(f"data.sources.{name}: no usable example; see `launch/data.py check`, or leave it out")
+            advice = "see `launch/data.py check`, or leave the source out"
+            raise ConfigError(f"data.sources.{name}: no usable example: {why_empty(indexes[name])}; {advice}")
     chances = weighting_of(data, sizes).probabilities(data.temperature)
     mixed = tuple(
         MixedSource(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from qwen2audio_train.config.data import DataConfig, LossWeighting, Order
 from qwen2audio_train.config.schema import ConfigError
@@ -15,10 +13,10 @@ from qwen2audio_train.data.examples import task_of
 from qwen2audio_train.data.loading.base import are_preferences
 from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, StreamSource
 from qwen2audio_train.data.loading.streaming import StreamLoader
-from qwen2audio_train.data.manifests.corpus import Contents, Corpus, open_corpus
+from qwen2audio_train.data.manifests.corpus import Contents, Corpus, check_first_columns, open_corpus
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import parse_line
-from qwen2audio_train.data.manifests.readers import Row
+from qwen2audio_train.data.manifests.manifest import parse_record
+from qwen2audio_train.data.manifests.tables import Row
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.mixture import weighting_of
 from qwen2audio_train.data.order.planner import plan_inputs
@@ -40,6 +38,8 @@ def build_streams(
     corpora = {
         name: open_corpus(name, source, remote_of(maker.recipe)) for name, source in sorted(data.sources.items())
     }
+    for name, corpus in corpora.items():
+        check_first_columns(corpus, data.sources[name].columns, f"data.sources.{name}")
     num_shards = {name: corpus.num_shards for name, corpus in corpora.items()}
     chances = weighting_of(data, num_shards).probabilities(data.temperature)
     readers = {name: ShardReader(corpus) for name, corpus in corpora.items()}
@@ -125,16 +125,9 @@ class ShardReader:
         try:
             if isinstance(row, ManifestError):
                 raise row
-            return Raw(parse_line(_json(self.corpus.record(row)), place, number), contents)
-        except ExampleError as error:
+            return Raw(parse_record(self.corpus.record(row, place, number), place, number), contents)
+        except (ExampleError, AttributeError, KeyError, TypeError) as error:  # a row that holds no plain values
             return BadExample.of(error, f"{place}:{number}", line=number)
-
-
-def _json(record: dict[str, Any]) -> str:
-    try:
-        return json.dumps(record)
-    except TypeError as error:
-        raise ExampleError(f"a column that holds no plain value ({error})") from error
 
 
 def _measure(maker: Maker, raw: Raw) -> Measured:

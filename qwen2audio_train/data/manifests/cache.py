@@ -6,8 +6,8 @@ per file of the corpus, audio left where it is (slices of recordings, members of
 
 from __future__ import annotations
 
-import glob
 import json
+import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -20,19 +20,27 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen2audio_train.config.data import SourceConfig, SourceFormat
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.manifests.corpus import Corpus, open_corpus
+from qwen2audio_train.data.manifests.conversations import FOREIGN
+from qwen2audio_train.data.manifests.corpus import Corpus, check_first_columns, open_corpus
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import parse_line
+from qwen2audio_train.data.manifests.manifest import parse_line, parse_record
+from qwen2audio_train.data.manifests.tables import DELIMITERS, UTF16_MARKS, suffix_of
 from qwen2audio_train.data.storage.blobs import PLACED, BlobError, TarMember, member_places
 from qwen2audio_train.data.storage.files import text_hash, write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.errors import writable
 
-VERSION = 2
+VERSION = 3
 
 ERROR_KEY = "__error__"
-"""Key of a line that stands for a row of the corpus that could not be read."""
+"""Key of a line that stands for a row of the corpus that could not be read: place, number and words of the error."""
+
+UNPLACED = re.compile(rb"\.tar::(?!\d+\+\d+::)")
+"""A member of a tar without its place."""
+ID = re.compile(rb'"id"\s*:')
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,40 @@ class Manifest:
     path: str
     place: str
 
+    def lines(self) -> Iterator[tuple[int, Example | ManifestError]]:
+        """The lines with their numbers; blank ones are passed over."""
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield number, self.example(line, number)
+                    except ManifestError as error:
+                        yield number, error
+
+    def example(self, line: bytes, number: int) -> Example:
+        """What line `number` stands for. Raises ManifestError."""
+        if line.startswith(b'{"%s"' % ERROR_KEY.encode()):
+            raise ManifestError(*json.loads(line)[ERROR_KEY])
+        return parse_line(line, self.place, number)
+
 
 def find_manifests(
-    name: str, source: SourceConfig, remote: Remote, num_workers: int = 0, key: str = "data.sources"
+    name: str, source: SourceConfig, remote: Remote, num_workers: int = 0, where: str | None = None
 ) -> list[Manifest]:
     """The manifests of a source, written into the cache where it has another form.
+
+    Args:
+        where: key of the source for errors; by default data.sources.<name>.
 
     Raises:
         FileNotFoundError: a path that names nothing.
         ConfigError: an unknown form; a column that the corpus does not have.
     """
-    corpus = open_corpus(name, source, remote, key)
+    where = where or f"data.sources.{name}"
+    corpus = open_corpus(name, source, remote, where)
+    if corpus.hub:
+        raise ConfigError(f"{where}.streaming: a stream has no manifests; unset streaming to index the source")
+    check_first_columns(corpus, source.columns, where)
     if num_workers > 0 and corpus.num_shards > 1 and corpus.kind is not SourceFormat.manifest:
         with processes(num_workers) as pool:
             work = in_order(pool, partial(_manifest, corpus), range(corpus.num_shards), ahead=4 * num_workers)
@@ -63,63 +94,80 @@ def find_manifests(
 def good_examples(manifests: Iterable[Manifest]) -> Iterator[Example]:
     """The examples of manifests, bad lines left out."""
     for manifest in manifests:
-        with open(manifest.path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip() and unreadable(line) is None:
-                    with suppress(ManifestError):
-                        yield parse_line(line, manifest.place, number)
+        yield from (example for _, example in manifest.lines() if not isinstance(example, ManifestError))
 
 
-def unreadable(line: bytes) -> str | None:
-    """Why a line of a manifest that was written here stands for no example, None if it does stand for one."""
-    return str(json.loads(line)[ERROR_KEY]) if line.startswith(b'{"%s"' % ERROR_KEY.encode()) else None
+def streamed_examples(corpus: Corpus) -> Iterator[Example]:
+    """The examples of a corpus front to back, without a manifest on disk; bad rows left out."""
+    for shard in range(corpus.num_shards):
+        place = corpus.place(shard)
+        for number, row, _ in corpus.rows_with_bytes(shard):
+            if isinstance(row, dict):
+                with suppress(ManifestError):
+                    yield parse_record(corpus.record(row, place, number), place, number)
 
 
 def _manifest(corpus: Corpus, shard: int) -> Manifest:
     """The manifest of one shard."""
     local = corpus.local(shard)
     place = corpus.place(shard)
-    as_it_is = corpus.kind is SourceFormat.manifest and corpus.is_ours and not local.endswith(".gz")
-    if as_it_is and not _names_members(local):
+    may_be_plain = corpus.kind is SourceFormat.manifest and corpus.is_ours and suffix_of(place) not in DELIMITERS
+    if may_be_plain and _is_plain(local):
         return Manifest(local, place)
-    state = "".join(_stamp(path) for path in ([local] if os.path.isfile(local) else sorted(glob.glob(f"{local}/*"))))
     mapping = [sorted(corpus.columns.items()), sorted(corpus.constants.items())]
-    parts = [VERSION, corpus.kind.value, mapping, corpus.name, os.path.abspath(local), state]
+    origin = corpus.arrows[shard] if corpus.arrows else corpus.labels
+    state = [os.path.abspath(local), stamp_of(local), corpus.split, origin]
+    parts = [VERSION, corpus.kind.value, mapping, corpus.name, *state]
     path = Path(corpus.remote.cache_dir) / "manifests" / f"{text_hash(*map(str, parts))}.jsonl"
     if not path.exists():
-        write_whole(path, _lines(corpus, shard, os.path.dirname(place)))
+        write_whole(path, _lines(corpus, shard, place))
     return Manifest(str(path), place)
 
 
-def _stamp(path: str) -> str:
-    status = os.stat(path)
-    return f"{os.path.basename(path)}/{status.st_size}/{status.st_mtime_ns};"
+def stamp_of(path: str) -> str:
+    """Names the state of a file, or of all files in a folder: another one after every change."""
+    files = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
+    states = [(file, file.stat()) for file in files if file.is_file()]
+    return "".join(f"{file.name}/{status.st_size}/{status.st_mtime_ns};" for file, status in states)
 
 
-def _lines(corpus: Corpus, shard: int, folder: str) -> Iterator[str]:
+def _lines(corpus: Corpus, shard: int, place: str) -> Iterator[str]:
     """The manifest of a shard; empty lines keep the lines' numbers those of the corpus's rows."""
     line = 0
     for number, row in corpus.rows(shard):
-        record = _record(corpus, row, folder)
-        yield "\n" * max(number - line - 1, 0) + json.dumps(record, ensure_ascii=False) + "\n"
+        record = _record(corpus, row, place, number)
+        yield "\n" * max(number - line - 1, 0) + record + "\n"
         line = max(number, line + 1)
 
 
-def _record(corpus: Corpus, row: dict[str, Any] | ManifestError, folder: str) -> dict[str, Any]:
-    if isinstance(row, ManifestError):
-        return {ERROR_KEY: str(row)}
-    record = corpus.record(row)
+def _record(corpus: Corpus, row: dict[str, Any] | ManifestError, place: str, number: int) -> str:
+    """The line of a row; whatever is wrong with the row becomes the error that it stands for."""
     try:
-        json.dumps(record)
-    except TypeError as error:
-        return {ERROR_KEY: f"a column that holds no plain value ({error})"}
-    return _placed(record, folder) if corpus.kind is SourceFormat.manifest else record
+        if isinstance(row, ManifestError):
+            raise row
+        record = corpus.record(row, place, number)
+        if corpus.kind is SourceFormat.manifest:
+            record = _placed(record, os.path.dirname(place))
+        return writable(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    except ManifestError as error:
+        told = error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        told = ManifestError(place, number, "", "plain values (text, numbers, lists, objects)", str(error))
+    return json.dumps({ERROR_KEY: told.args}, ensure_ascii=False)
 
 
-def _names_members(file: str) -> bool:
-    """Whether a manifest names members of tars without their places."""
+def _is_plain(file: str) -> bool:
+    """Whether a file is a manifest as it stands: JSON Lines with ids, in our form, tar members with their places."""
+    if file.lower().endswith(".gz"):
+        return False
     with open(file, "rb") as lines:
-        return any(b".tar::" in line and not re.search(rb"\.tar::\d+\+\d+::", line) for line in lines)
+        first = lines.readline()
+        if first[:2] in UTF16_MARKS or first.lstrip().startswith(b"[") or (first.strip() and not ID.search(first)):
+            return False
+        if not first:
+            return True
+        with mmap.mmap(lines.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            return FOREIGN.search(whole) is None and UNPLACED.search(whole) is None
 
 
 def _placed(value: Any, folder: str) -> Any:

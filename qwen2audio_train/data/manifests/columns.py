@@ -24,6 +24,8 @@ def map_row(row: Mapping[str, Any], columns: Mapping[str, str], constants: Mappi
     for name in TEXT_FIELDS:
         if isinstance(record.get(name), int | float) and not isinstance(record[name], bool):
             record[name] = str(record[name])
+    if {"start_s", "duration_s"} <= record.keys() and not ({"end_s"} & {*columns, *constants}):
+        record |= _end_of(record["start_s"], record["duration_s"])
     bounds = {name: record.pop(name) for name in CLIP_FIELDS if name in record}
     return record | ({"audio": {"path": record.get("audio"), **bounds}} if bounds else {})
 
@@ -35,6 +37,11 @@ def reach(row: Mapping[str, Any], column: str) -> Any:
     head, dot, rest = column.partition(".")
     inner = row.get(head) if dot else None
     return reach(inner, rest) if isinstance(inner, Mapping) else _ABSENT
+
+
+def reaches(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has a column."""
+    return reach(row, column) is not _ABSENT
 
 
 def columns_of(row: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -58,8 +65,21 @@ def check_columns(asked: Mapping[str, str], known: Iterable[str], corpus: str) -
     for key, column in asked.items():
         if known and column not in known:
             near = get_close_matches(column, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(map(repr, known))}"
             raise ConfigError(f'{key}: no row of {corpus} has a column "{column}"; {hint}')
+
+
+def as_text(value: Any) -> str:
+    """A value as it is written: a truth value as `true` or `false`, what is absent as nothing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None or value is _ABSENT else str(value)
+
+
+def _end_of(start: Any, length: Any) -> dict[str, float]:
+    """A start with a length cuts a slice (as in NeMo's manifests): its end, where both are numbers."""
+    is_slice = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (start, length))
+    return {"end_s": round(start + length, 6)} if is_slice else {}
 
 
 def _number(text: str) -> float | str:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.errors import ExampleError, writable
 
 LONGEST_S = 100_000
 """Bound on all times, a little over a day: no clip is that long, and lengths are planned from what is written here."""
+
+
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and signs by their category that are drawn as nothing: Hangul fillers, the empty Braille pattern."""
 
 
 class ManifestError(ExampleError):
     """One bad line of a manifest: where it is, what was expected there, and what was found."""
 
     def __init__(self, file: str, line: int, field: str, expected: str, found: str):
+        file, field, expected, found = map(writable, (file, field, expected, found))
         super().__init__(file, line, field, expected, found)
         self.file, self.line, self.field, self.expected, self.found = file, line, field, expected, found
 
@@ -69,7 +75,10 @@ class Record:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise self.error(key, "valid Unicode text", "half of a surrogate pair") from None
+            found = "half of a surrogate pair: a name or text that is not UTF-8"
+            raise self.error(key, "valid Unicode text", found) from None
+        if not is_visible(value):
+            raise self.error(key, "text that can be seen", "spaces and invisible characters alone")
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -107,7 +116,8 @@ def load_record(text: str | bytes, file: str, line: int) -> Record:
         return ManifestError(file, line, "", "one JSON object per line", found)
 
     try:
-        decoded = text.decode("utf-8-sig" if line == 1 else "utf-8") if isinstance(text, bytes) else text
+        # a mark of the byte order may begin any line: that of a file, or of one that was put behind another
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         values = json.loads(decoded, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except UnicodeDecodeError as problem:
         raise error(f"byte {problem.object[problem.start]:#04x}, which is not UTF-8") from None
@@ -116,9 +126,22 @@ def load_record(text: str | bytes, file: str, line: int) -> Record:
         raise error(f"{problem.msg} at column {problem.colno}{cut_off}") from None
     except (ValueError, RecursionError) as problem:
         raise error(str(problem)) from None
+    return as_record(values, file, line)
+
+
+def as_record(values: Any, file: str, line: int) -> Record:
+    """The object `values` as a record. Raises ManifestError for anything else."""
     if not isinstance(values, dict):
-        raise error(_shown(values))
+        raise ManifestError(file, line, "", "one JSON object per line", _shown(values))
     return Record(values, file, line)
+
+
+def is_visible(text: str) -> bool:
+    """Whether a text has a character that can be seen: no space, no zero-width or control character, no filler."""
+    return any(
+        char.isprintable() and not char.isspace() and char not in BLANKS and unicodedata.category(char)[0] != "M"
+        for char in text
+    )
 
 
 def _nearest(value: Any, known: Sequence[str]) -> str:
@@ -133,7 +156,7 @@ def _shown(value: Any) -> str:
         return json.dumps(value if len(value) <= 60 else value[:57] + "...", ensure_ascii=False)
     if isinstance(value, dict):
         return f"an object with the keys {', '.join(value) or '(none)'}"
-    return f"a list of {len(value)}" if isinstance(value, list) else json.dumps(value)
+    return f"a list of {len(value)}" if isinstance(value, list) else json.dumps(value, default=repr)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ manifest's folder; `..` is allowed, as audio often lies beside the manifests), a
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -31,9 +32,11 @@ from qwen2audio_train.data.examples import (
     TaskExample,
     UnpairedExample,
     clips_of,
+    placeholder_in,
 )
-from qwen2audio_train.data.manifests.json_object import ManifestError, Record, load_record
+from qwen2audio_train.data.manifests.json_object import ManifestError, Record, as_record, load_record
 from qwen2audio_train.data.prompts.pools import missing_fields, task_names
+from qwen2audio_train.data.storage.paths import resolve
 from qwen2audio_train.layout import MIN_DURATION_S
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "UnpairedExample",
     "clips_of",
     "parse_line",
+    "parse_record",
     "read_manifest",
     "to_record",
     "validate_manifest",
@@ -62,6 +66,8 @@ TASK_KEYS = ("audio", "duration_s", "task", "language", "target", "text_language
 CHAT_KEYS = ("messages", "mode")
 PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
 UNPAIRED_KEYS = ("prompt", "completion", "label")
+AUDIO_KEYS = ("audio", "audio_url", "url", "path")
+"""Where a part of a message may hold its clip: the names that chat templates of transformers know."""
 A_CLIP = "a path, or an object with path"
 
 
@@ -106,7 +112,21 @@ def parse_manifest(path: str | Path) -> Iterator[Example | ManifestError]:
 
 def parse_line(text: str | bytes, file: str, line: int) -> Example:
     """One line as an example; relative clip paths are resolved against the folder of `file`. Raises ManifestError."""
-    record = load_record(text, file, line)
+    return _example(load_record(text, file, line))
+
+
+def parse_record(values: Any, file: str, line: int) -> Example:
+    """The same from the object that a line holds, for rows that never were text. Raises ManifestError."""
+    record = as_record(values, file, line)
+    if values.get("meta") is not None:
+        try:
+            json.dumps(values["meta"], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise record.error("meta", "plain values (text, numbers, lists, objects)", str(error)) from None
+    return _example(record)
+
+
+def _example(record: Record) -> Example:
     if "messages" in record.values:
         return _chat_example(record)
     if "completion" in record.values or {"prompt", "label"} <= record.values.keys():
@@ -130,9 +150,9 @@ def _task_example(record: Record) -> TaskExample:
         clip=_clip(record, "audio"),
         task=record.choice("task", task_names()),
         language=_language(record, "language"),
-        target=record.text("target"),
+        target=_spoken(record, "target"),
         text_language=_language(record, "text_language"),
-        question=record.optional_text("question"),
+        question=None if record.get("question") is None else _spoken(record, "question"),
     )
     for key in missing_fields(example.task, example):
         raise record.error(key, f'a value, which every prompt of the task "{example.task}" needs')
@@ -151,13 +171,13 @@ def _chat_example(record: Record) -> ChatExample:
 def _preference_example(record: Record) -> PreferenceExample:
     common = _common(record, PREFERENCE_KEYS)
     prompt = _prompt(record)
-    chosen = record.text("chosen")
+    chosen = _spoken(record, "chosen")
     if isinstance(record.get("rejected"), list):
         answers = record.items("rejected", "text, or a non-empty list of texts")
         inner = Record({str(index): text for index, text in enumerate(answers)}, record.file, record.line, "rejected.")
-        rejected = tuple(inner.text(key) for key in inner.values)
+        rejected = tuple(_spoken(inner, key) for key in inner.values)
     else:
-        rejected = (record.text("rejected"),)
+        rejected = (_spoken(record, "rejected"),)
     if chosen in rejected:
         raise record.error("rejected", "an answer that differs from the chosen one")
     return PreferenceExample(**common, prompt=prompt, chosen=chosen, rejected=rejected)
@@ -168,7 +188,19 @@ def _unpaired_example(record: Record) -> UnpairedExample:
     label = record.get("label")
     if not isinstance(label, bool):
         raise record.error("label", "true for a desirable answer, false for an undesirable one")
-    return UnpairedExample(**common, prompt=_prompt(record), completion=record.text("completion"), label=label)
+    return UnpairedExample(**common, prompt=_prompt(record), completion=_spoken(record, "completion"), label=label)
+
+
+def _spoken(record: Record, key: str) -> str:
+    """Text that the model is to read or say."""
+    text = record.text(key)
+    if mark := placeholder_in(text):
+        expected = (
+            "text alone: a clip is a part of the message, or stands in `audios` beside it "
+            "(data_manifests/README.md), and a tag of markup is written with spaces in it"
+        )
+        raise record.error(key, expected, f"{mark!r}, which marks the place of a clip that is not there")
+    return text
 
 
 def _prompt(record: Record) -> tuple[Message, ...]:
@@ -190,7 +222,7 @@ def _message(record: Record, roles: tuple[str, ...]) -> Message:
     record.check_keys(("role", "content"))
     role = record.choice("role", roles)
     if isinstance(record.get("content"), str):
-        return Message(role, (record.text("content"),))
+        return Message(role, (_spoken(record, "content"),))
     parts = []
     for index, value in enumerate(record.items("content", "text, or a non-empty list of parts")):
         part = record.child(f"content[{index}]", value, 'an object with type "audio" or "text"')
@@ -203,8 +235,8 @@ def _message(record: Record, roles: tuple[str, ...]) -> Message:
 def _part(record: Record) -> Clip | str:
     if record.choice("type", ("audio", "text")) == "text":
         record.check_keys(("type", "text"))
-        return record.text("text")
-    key = "audio_url" if "audio_url" in record.values and "audio" not in record.values else "audio"
+        return _spoken(record, "text")
+    key = next((key for key in AUDIO_KEYS if key in record.values), "audio")
     record.check_keys(("type", key, "duration_s"))
     return _clip(record, key)
 
@@ -250,7 +282,7 @@ def _resolve(path: str, record: Record, key: str) -> str:
     file, separator, member = path.partition(".tar::")
     if separator and (not member or member.startswith("/") or ".." in member.split("/")):
         raise record.error(key, "a tar member's own path, without a leading / or ..", f'"{member}"')
-    return os.path.normpath(os.path.join(os.path.dirname(record.file), file)) + separator + member
+    return resolve(file, record.file) + separator + member
 
 
 def _language(record: Record, key: str) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,11 @@ from tqdm import tqdm
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.manifests.cache import Manifest, unreadable
-from qwen2audio_train.data.manifests.manifest import parse_line
-from qwen2audio_train.data.quarantine import BadExample, costing_one_example
+from qwen2audio_train.data.manifests.cache import Manifest
+from qwen2audio_train.data.manifests.json_object import ManifestError
+from qwen2audio_train.data.quarantine import BadExample, costing_one_example, count_reasons
 from qwen2audio_train.data.storage.files import content_hash, locked, text_hash
 from qwen2audio_train.data.storage.parallel import in_order, processes
-from qwen2audio_train.errors import ExampleError
 
 RECORD = np.dtype(
     [
@@ -42,7 +42,7 @@ RECORD = np.dtype(
 )
 """Bytes [offset, offset + length) of manifest number `file`, seconds of audio, tokens, number of the task."""
 
-VERSION = 2
+VERSION = 3
 MOST_FILES = 2**16
 PART_BYTES = 4 * 2**20
 """What one process reads at a time, and at most what it does again after an interruption: some 20 000 lines."""
@@ -95,9 +95,14 @@ class Index:
         """Example `number`, in one read. Raises ManifestError or OSError when the manifest is no longer what it was."""
         record = self.records[number]
         manifest = self.files[record["file"]]
+        offset = int(record["offset"])
         with open(manifest.path, "rb") as file:
-            line = os.pread(file.fileno(), int(record["length"]), int(record["offset"]))
-        return parse_line(line, manifest.place, number + 1)
+            line = os.pread(file.fileno(), int(record["length"]), offset)
+            try:
+                return manifest.example(line, 0)
+            except ManifestError as error:  # rare: so the line is looked for only now
+                number = 1 + sum(block.count(b"\n") for block in _blocks(file, offset))
+                raise ManifestError(error.file, number, error.field, error.expected, error.found) from None
 
     @property
     def is_remote(self) -> bool:
@@ -120,6 +125,13 @@ class Index:
             np.save(partial_path, order)
             os.replace(partial_path, path)
         return np.load(path, mmap_mode="r")
+
+
+def why_empty(index: Index) -> str:
+    """Why an index holds no example."""
+    if bad := index.bad():
+        return f"none of {len(bad)} rows is an example: {count_reasons(item.reason for item in bad)}"
+    return "there are no rows in it (a line of names alone, or nothing)"
 
 
 def release(records: NDArray[np.void]) -> None:
@@ -161,21 +173,18 @@ def open_index(
 
 @dataclass(frozen=True)
 class _Part:
-    """The lines of manifest `file` (number `number`) that start in the bytes [start, stop)."""
+    """The lines of manifest `file` (number `number`) that start in the bytes [start, stop); the first of them is line
+    `first_line`."""
 
     file: Manifest
     number: int
     start: int
     stop: int
+    first_line: int
 
 
 def _build(folder: Path, files: Sequence[Manifest], measure: Measure, num_workers: int) -> None:
-    parts = [
-        _Part(file, number, start, min(start + PART_BYTES, size))
-        for number, file in enumerate(files)
-        for size in [os.path.getsize(file.path)]
-        for start in range(0, size, PART_BYTES)
-    ]
+    parts = [part for number, file in enumerate(files) for part in _parts(file, number)]
     jobs = [(part, folder / f"part-{number:06d}.json") for number, part in enumerate(parts)]
     todo = [job for job in jobs if not job[1].exists()]
     build_part = partial(_build_part, measure)
@@ -191,23 +200,40 @@ def _build(folder: Path, files: Sequence[Manifest], measure: Measure, num_worker
     _join_parts(folder, [path for _, path in jobs], parts, len(files))
 
 
+def _parts(manifest: Manifest, number: int) -> Iterator[_Part]:
+    size = os.path.getsize(manifest.path)
+    lines_before = 0
+    with open(manifest.path, "rb") as file:
+        for start in range(0, size, PART_BYTES):
+            if start:
+                lines_before += file.read(PART_BYTES - (start == PART_BYTES)).count(b"\n")
+            # a part begins behind the first line end from the byte before it on
+            first_line = lines_before + 2 if start else 1
+            yield _Part(manifest, number, start, min(start + PART_BYTES, size), first_line)
+
+
+def _blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The first `size` bytes of a file."""
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, PART_BYTES))):
+        size -= len(block)
+        yield block
+
+
 def _build_part(measure: Measure, job: tuple[_Part, Path]) -> None:
     part, path = job
     rows: list[tuple[float, ...]] = []
     tasks: dict[str, int] = {}
     bad: list[BadExample] = []
-    line = 0
-    for line, (offset, raw) in enumerate(_lines(part), start=1):
+    for line, (offset, raw) in enumerate(_lines(part), start=part.first_line):
         if not raw.strip():
             continue
         with costing_one_example(bad, f"{part.file.place}:{line}", line=line):
-            if (reason := unreadable(raw)) is not None:
-                raise ExampleError(reason)
-            m = measure(parse_line(raw, part.file.place, line))
+            m = measure(part.file.example(raw, line))
             task = tasks.setdefault(m.task, len(tasks))
             rows.append((offset, len(raw), m.duration_s, m.audio_tokens, m.text_tokens, part.number, task))
     np.array(rows, RECORD).tofile(path.with_suffix(".bin"))
-    head = {"tasks": list(tasks), "num_lines": line, "bad": [asdict(b) for b in bad]}
+    head = {"tasks": list(tasks), "bad": [asdict(b) for b in bad]}
     partial_path = path.with_suffix(".partial")
     partial_path.write_text(json.dumps(head), encoding="utf-8")
     os.replace(partial_path, path)
@@ -225,11 +251,10 @@ def _lines(part: _Part) -> Iterator[tuple[int, bytes]]:
 
 
 def _join_parts(folder: Path, paths: list[Path], parts: list[_Part], num_files: int) -> None:
-    """One file out of the parts, with one list of tasks and line numbers counted from the start of their manifest."""
+    """One file out of the parts, with one list of tasks."""
     tasks: dict[str, int] = {}
     counts: dict[str, int] = {}
     file_counts = [0] * num_files
-    lines_before: dict[int, int] = {}
     with (folder / "records.bin").open("wb") as out, (folder / "bad.jsonl").open("w", encoding="utf-8") as bad_file:
         for path, part in zip(paths, parts, strict=True):
             head = json.loads(path.read_text(encoding="utf-8"))
@@ -240,10 +265,7 @@ def _join_parts(folder: Path, paths: list[Path], parts: list[_Part], num_files: 
             rows["task"] = numbers[rows["task"]]
             file_counts[part.number] += len(rows)
             out.write(rows.tobytes())
-            before = lines_before.get(part.number, 0)
-            for entry in head["bad"]:
-                bad_file.write(json.dumps(entry | {"line": entry["line"] + before}, ensure_ascii=False) + "\n")
-            lines_before[part.number] = before + head["num_lines"]
+            bad_file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in head["bad"])
     head = {"task_counts": counts, "file_counts": file_counts}
     partial_path = folder / "index.partial"
     partial_path.write_text(json.dumps(head), encoding="utf-8")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import DataConfig, LongAudio, SampleRecipe
 from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
-from qwen2audio_train.data.audio.decode import probe
+from qwen2audio_train.data.audio.length import clip_length
 from qwen2audio_train.data.examples import Clip, Example, TaskExample
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.prompts.tokenize import count_tokens
@@ -115,10 +115,7 @@ def with_duration(clip: Clip, recipe: SampleRecipe, data: bytes | None = None) -
     """The clip with its duration, read from the header of the file (or of its `data`) where the manifest has none."""
     if clip.duration_s is not None:
         return clip
-    end_s = clip.end_s
-    if end_s is None:
-        end_s = probe(clip.path, clip_bytes(clip, recipe) if data is None else data).duration_s
-    return dataclasses.replace(clip, duration_s=end_s - clip.start_s)
+    return dataclasses.replace(clip, duration_s=clip_length(clip, clip_bytes(clip, recipe) if data is None else data))
 
 
 def is_long(duration_s: float) -> bool:

@@ -25,6 +25,15 @@ def content_hash(path: str) -> str:
     return digest.hexdigest()
 
 
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write a file whose name says what it holds, in one go, unless it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_bytes(contents)
+        os.replace(part, path)
+
+
 def write_whole(path: Path, lines: Iterable[str]) -> None:
     """Write a file in one go: it is there whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

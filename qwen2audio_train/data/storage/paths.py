@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from urllib.parse import quote
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
@@ -13,12 +14,14 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 def expand_paths(patterns: Sequence[str], where: str) -> list[str]:
     """Files and folders that the patterns name, in order: braces ({000..012}, {a,b}) and globs expand.
 
+    What exists under the very name that was given is meant, whatever braces and brackets are in the name.
+
     Raises:
         FileNotFoundError: a pattern names nothing.
     """
     files: list[str] = []
-    for pattern in (plain for given in patterns for plain in expand_braces(os.path.expanduser(given))):
-        if "://" in pattern and "*" not in pattern:
+    for pattern in (plain for given in patterns for plain in _plain(os.path.expanduser(given))):
+        if ("://" in pattern and "*" not in pattern) or os.path.exists(pattern):
             files.append(pattern)
             continue
         found = _remote_glob(pattern) if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
@@ -28,6 +31,32 @@ def expand_paths(patterns: Sequence[str], where: str) -> list[str]:
     if not files:
         raise FileNotFoundError(f"{where}: no files given")
     return files
+
+
+def _plain(given: str) -> list[str]:
+    return [given] if os.path.exists(given) else expand_braces(given)
+
+
+def resolve(path: str, file: str) -> str:
+    """The place of a path that stands in `file`: relative to that file's folder, be it local or a URL."""
+    if "://" in path or os.path.isabs(path):
+        return path if "://" in path else os.path.normpath(path)
+    protocol, separator, rest = file.partition("://")
+    if not separator:
+        return os.path.normpath(os.path.join(os.path.dirname(file), path))
+    if protocol in ("http", "https"):
+        rest, path = rest.split("?")[0], quote(path)
+    joined = os.path.normpath(os.path.join(os.path.dirname(rest), path))
+    return f"{protocol}://{joined}"
+
+
+def relative_names(paths: Sequence[str]) -> list[str]:
+    """Names that tell files apart: the last part of a path alone, more of them where two files share it."""
+    for depth in range(1, max((path.count("/") for path in paths), default=0) + 2):
+        names = ["/".join(path.rstrip("/").split("/")[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return list(paths)
 
 
 def expand_braces(pattern: str) -> list[str]:

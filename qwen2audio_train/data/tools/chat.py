@@ -9,9 +9,11 @@ from pathlib import Path
 
 from qwen2audio_train.config.data import PromptStyle
 from qwen2audio_train.data.examples import ChatExample, Example, Message, TaskExample
-from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
+from qwen2audio_train.data.manifests.json_object import ManifestError
+from qwen2audio_train.data.manifests.manifest import to_record
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
 from qwen2audio_train.data.storage.files import write_whole
+from qwen2audio_train.data.tools.sources import open_manifests
 from qwen2audio_train.errors import ExampleError
 
 
@@ -23,11 +25,13 @@ class ChatOptions:
         manifests: manifests in task form, whose ids differ.
         output: the manifest in chat form to write; audio paths in it are relative to its folder.
         seed: of the choice among the prompts of a task.
+        cache_dir: that of the recipe.
     """
 
     manifests: list[str] = field(default_factory=list)
     output: str = "???"
     seed: int = 0
+    cache_dir: str = "data_cache"
 
 
 def write_chats(options: ChatOptions) -> int:
@@ -38,7 +42,8 @@ def write_chats(options: ChatOptions) -> int:
         ExampleError: an example in another form, or an id that two examples have.
     """
     target = Path(options.output)
-    examples = (example for path in options.manifests for example in read_manifest(path))
+    manifests = (manifest for path in options.manifests for manifest in open_manifests(path, options.cache_dir))
+    examples = (example for manifest in manifests for _, example in manifest.lines())
     lines = [
         json.dumps(to_record(chat, target.parent), ensure_ascii=False) + "\n"
         for chat in chats_of(examples, options.seed)
@@ -47,10 +52,12 @@ def write_chats(options: ChatOptions) -> int:
     return len(lines)
 
 
-def chats_of(examples: Iterable[Example], seed: int = 0) -> Iterator[ChatExample]:
+def chats_of(examples: Iterable[Example | ManifestError], seed: int = 0) -> Iterator[ChatExample]:
     """One conversation per example, with its id and source; task and languages are kept in `meta` for evaluation."""
     seen: set[str] = set()
     for example in examples:
+        if isinstance(example, ManifestError):
+            raise example
         if not isinstance(example, TaskExample):
             raise ExampleError(f'example "{example.id}" is not in task form: only a task has a question to write')
         if example.id in seen:

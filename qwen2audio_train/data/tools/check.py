@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from qwen2audio_train.config.data import DataConfig
+from qwen2audio_train.config.data import DataConfig, SourceConfig
 from qwen2audio_train.data.audio.decode import AudioError
 from qwen2audio_train.data.examples import (
     ChatExample,
@@ -21,12 +21,14 @@ from qwen2audio_train.data.examples import (
     clips_of,
     task_of,
 )
+from qwen2audio_train.data.manifests.cache import Manifest, find_manifests
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import parse_line
 from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.samples.maker import Maker, maker_of
 from qwen2audio_train.data.storage.files import text_hash
+from qwen2audio_train.data.storage.remote import Remote
 from qwen2audio_train.data.tools.clip_facts import ClipFacts, Placed, examine_all
+from qwen2audio_train.data.tools.sources import OWN_ID, examples_of
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import NUM_MEL_BINS
 
@@ -40,6 +42,9 @@ FASTEST_SPEECH = 40.0
 SLOWEST_SPEECH = 0.5
 """The same from below, for clips of `SHORTEST_TOLD_S` and more: Chinese has some 4 characters per second."""
 SHORTEST_TOLD_S = 5.0
+EMPTY_CELLS = frozenset(("nan", "none", "null", "n/a", "#n/a", "<na>", "undefined"))
+"""How programs write a cell without a value; `null` is also a word."""
+LONGEST_EMPTY = 12
 
 
 @dataclass
@@ -47,8 +52,9 @@ class CheckOptions:
     """The keys of `launch/data.py check`.
 
     Attributes:
-        manifests: manifests to look through.
-        against: held-out manifests (they are looked through as well); audio of `manifests` in them is an error.
+        manifests: manifests to look through: files, globs, folders, URLs, corpora that say themselves what they are.
+        sources: the same in full, as in a recipe's `data.sources`, for every other form.
+        against: held-out manifests (they are looked through as well); audio of the others in them is an error.
         decode: open every clip; without it only the lines are checked.
         max_duration_drift_s: longest difference between a manifest's duration and the audio.
         max_answer_characters: a longer answer is told.
@@ -61,6 +67,7 @@ class CheckOptions:
     """
 
     manifests: list[str] = field(default_factory=list)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     against: list[str] = field(default_factory=list)
     decode: bool = True
     max_duration_drift_s: float = 0.1
@@ -95,15 +102,15 @@ class Checked:
     tasks: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     answer_characters: Counter[int] = field(default_factory=Counter)
-    contents: dict[str, tuple[int, str]] = field(default_factory=dict)
+    contents: dict[str, tuple[str, int, str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def num_errors(self) -> int:
         return sum(finding.severity == ERROR for finding in self.findings)
 
-    def add(self, severity: str, kind: str, line: int, example: str, detail: str) -> None:
-        self.findings.append(Finding(severity, kind, self.path, line, example, detail))
+    def add(self, severity: str, kind: str, place: tuple[str, int], example: str, detail: str) -> None:
+        self.findings.append(Finding(severity, kind, *place, example, detail))
 
 
 def check(options: CheckOptions) -> list[Checked]:
@@ -113,27 +120,37 @@ def check(options: CheckOptions) -> list[Checked]:
     """
     tokenizer = options.tokenizer and AutoTokenizer.from_pretrained(options.tokenizer)
     maker = maker_of(DataConfig(cache_dir=options.cache_dir), tokenizer, NUM_MEL_BINS) if tokenizer else None
-    held_out = [check_manifest(path, options, maker) for path in options.against]
-    checked = [check_manifest(path, options, maker) for path in options.manifests]
+    remote = Remote(options.cache_dir)
+
+    def looked_through(named: Mapping[str, SourceConfig], key: str) -> list[Checked]:
+        opened = {name: find_manifests(name, source, remote, where=key) for name, source in named.items()}
+        return [check_source(name, manifests, options, maker) for name, manifests in opened.items()]
+
+    held_out = looked_through({path: SourceConfig([path]) for path in options.against}, "against")
+    checked = looked_through({path: SourceConfig([path]) for path in options.manifests}, "manifests")
+    checked += looked_through(options.sources, "sources")
     for one in checked:
         for other in held_out:
             one.findings += shared_audio(one, other)
-    for path in [*options.against, *options.manifests]:
-        _notes(path, options).unlink(missing_ok=True)
+    for one in [*held_out, *checked]:
+        _notes(one.path, options).unlink(missing_ok=True)
     return checked + held_out
 
 
-def check_manifest(path: str, options: CheckOptions, maker: Maker | None = None) -> Checked:
-    """Every line of a manifest and, with `decode`, every clip."""
-    result = Checked(path)
-    clips = _clips(path, result, options, maker)
+def check_source(
+    name: str, manifests: Sequence[Manifest], options: CheckOptions, maker: Maker | None = None
+) -> Checked:
+    """Every line of a source's manifests and, with `decode`, every clip."""
+    result = Checked(name)
+    clips = _clips(manifests, result, options, maker)
     if options.decode:
-        for placed, found in examine_all(clips, _notes(path, options), options.num_workers):
+        for placed, found in examine_all(clips, _notes(name, options), options.num_workers):
             _judge(result, placed, found, options)
     else:
         for placed in clips:
             result.seconds += placed.clip.duration_s or 0.0
-    result.findings.sort(key=lambda finding: finding.line)
+    order = {manifest.place: number for number, manifest in enumerate(manifests)}
+    result.findings.sort(key=lambda finding: (order[finding.file], finding.line))
     return result
 
 
@@ -141,19 +158,21 @@ def shared_audio(one: Checked, other: Checked) -> list[Finding]:
     """Clips of `one` whose very samples are also in `other`, which is held out."""
     findings = []
     for content in one.contents.keys() & other.contents.keys():
-        (line, example), (other_line, other_example) = one.contents[content], other.contents[content]
-        where = f'the same audio as "{other_example}" ({other.path}:{other_line}), which is held out'
-        findings.append(Finding(ERROR, "contamination", one.path, line, example, where))
-    return sorted(findings, key=lambda finding: finding.line)
+        (file, line, example), (other_file, other_line, held_out) = one.contents[content], other.contents[content]
+        where = f'the same audio as "{held_out}" ({other_file}:{other_line}), which is held out'
+        findings.append(Finding(ERROR, "contamination", file, line, example, where))
+    return sorted(findings, key=lambda finding: (finding.file, finding.line))
 
 
-def _notes(path: str, options: CheckOptions) -> Path:
-    return Path(options.cache_dir) / "check" / f"{text_hash(os.path.abspath(path))}.jsonl"
+def _notes(name: str, options: CheckOptions) -> Path:
+    return Path(options.cache_dir) / "check" / f"{text_hash(os.path.abspath(name))}.jsonl"
 
 
-def _clips(path: str, result: Checked, options: CheckOptions, maker: Maker | None) -> Iterator[Placed]:
-    """Every clip of a manifest's examples, which are counted and looked at on the way."""
-    for line, example in _read(path, result):
+def _clips(
+    manifests: Sequence[Manifest], result: Checked, options: CheckOptions, maker: Maker | None
+) -> Iterator[Placed]:
+    """Every clip of the examples, which are counted and looked at on the way."""
+    for place, example in _read(manifests, result):
         result.num_examples += 1
         result.tasks[task_of(example)] += 1
         if isinstance(example, TaskExample):
@@ -162,33 +181,25 @@ def _clips(path: str, result: Checked, options: CheckOptions, maker: Maker | Non
             result.answer_characters[len(answer)] += 1
             if len(answer) > options.max_answer_characters:
                 detail = f"{len(answer)} characters, beyond max_answer_characters={options.max_answer_characters}"
-                result.add(WARNING, "long answer", line, example.id, detail)
-        _measure(result, line, example, options, maker)
-        yield from (Placed(line, example, clip) for clip in clips_of(example))
+                result.add(WARNING, "long answer", place, example.id, detail)
+            elif len(answer) < LONGEST_EMPTY and answer.strip().lower() in EMPTY_CELLS:
+                detail = f'"{answer}": the word, or the cell of a table that was empty?'
+                result.add(WARNING, "empty cell", place, example.id, detail)
+        _measure(result, place, example, options, maker)
+        yield from (Placed(place[1], example, clip, place[0]) for clip in clips_of(example))
 
 
-def _read(path: str, result: Checked) -> Iterable[tuple[int, Example]]:
-    first: dict[str, int] = {}
-    with (
-        Path(path).open("rb") as lines,
-        tqdm(total=os.path.getsize(path), desc=path, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        for number, raw in enumerate(lines, start=1):
-            bar.update(len(raw))
-            if not raw.strip():
-                continue
-            try:
-                example = parse_line(raw, path, number)
-            except ManifestError as error:
-                detail = f'field "{error.field}": expected {error.expected}, found {error.found}'
-                result.add(ERROR, "bad line", number, "", detail)
-                continue
-            if first.setdefault(example.id, number) != number:
-                detail = f"the id stands in line {first[example.id]} already"
-                result.add(ERROR, "duplicate id", number, example.id, detail)
-            yield number, example
-    if not first and not result.findings:
-        result.add(ERROR, "bad line", 1, "", "the manifest is empty")
+def _read(manifests: Sequence[Manifest], result: Checked) -> Iterable[tuple[tuple[str, int], Example]]:
+    """The examples and where they stand; bad lines and ids that repeat are told on the way."""
+    for manifest, number, found in tqdm(examples_of(manifests), desc=result.path, unit="", disable=None):
+        place = (manifest.place, number)
+        if not isinstance(found, ManifestError):
+            yield place, found
+        elif found.expected == OWN_ID:
+            result.add(ERROR, "duplicate id", place, "", f"the id stands there before: {found.found}")
+        else:
+            at = f'field "{found.field}": ' if found.field else ""
+            result.add(ERROR, "bad line", place, "", f"{at}expected {found.expected}, found {found.found}")
 
 
 def answers_of(example: Example) -> tuple[str, ...]:
@@ -203,7 +214,9 @@ def answers_of(example: Example) -> tuple[str, ...]:
     return (example.completion,)
 
 
-def _measure(result: Checked, line: int, example: Example, options: CheckOptions, maker: Maker | None) -> None:
+def _measure(
+    result: Checked, place: tuple[str, int], example: Example, options: CheckOptions, maker: Maker | None
+) -> None:
     """Whether there is something to learn and, with a tokenizer, whether it fits."""
     try:
         if maker is None:
@@ -213,20 +226,20 @@ def _measure(result: Checked, line: int, example: Example, options: CheckOptions
     except AudioError:
         return  # told by whoever opens the clip
     except ExampleError as error:
-        result.add(WARNING, "nothing to learn", line, example.id, str(error))
+        result.add(WARNING, "nothing to learn", place, example.id, str(error))
     else:
         tokens = found.audio_tokens + found.text_tokens
         if tokens > options.max_tokens:
             detail = f"{tokens} tokens ({found.audio_tokens} of them audio), beyond max_tokens={options.max_tokens}"
-            result.add(ERROR, "too long", line, example.id, detail)
+            result.add(ERROR, "too long", place, example.id, detail)
 
 
 def _judge(result: Checked, placed: Placed, found: ClipFacts | AudioError, options: CheckOptions) -> None:
     """What is wrong with one clip; its samples are remembered in `result`."""
-    line, example, clip = placed
+    line, example, clip, file = placed
 
     def tell(severity: str, kind: str, detail: str) -> None:
-        result.add(severity, kind, line, example.id, detail)
+        result.add(severity, kind, (file, line), example.id, detail)
 
     if isinstance(found, AudioError):
         result.seconds += clip.duration_s or 0.0
@@ -245,9 +258,10 @@ def _judge(result: Checked, placed: Placed, found: ClipFacts | AudioError, optio
         is_slow = rate < SLOWEST_SPEECH and found.duration_s >= SHORTEST_TOLD_S
         if rate > FASTEST_SPEECH or is_slow:
             tell(WARNING, "text length", f"{len(example.target)} characters in {found.duration_s:.2f} s")
-    first = result.contents.setdefault(found.content, (line, example.id))
-    if first[0] != line:
-        tell(WARNING, "duplicate audio", f'{clip.path}: the same samples as "{first[1]}" (line {first[0]})')
+    first = result.contents.setdefault(found.content, (file, line, example.id))
+    if first[:2] != (file, line):
+        there = f"line {first[1]}" if first[0] == file else f"{first[0]}:{first[1]}"
+        tell(WARNING, "duplicate audio", f'{clip.path}: the same samples as "{first[2]}" ({there})')
 
 
 def summary(checked: Sequence[Checked], max_shown: int) -> str:
@@ -270,7 +284,8 @@ def _paragraph(one: Checked, max_shown: int) -> Iterable[str]:
         yield f"  {severity}: {kind}, {len(findings)} x"
         for finding in findings[:max_shown]:
             name = f' "{finding.example}"' if finding.example else ""
-            yield f"    line {finding.line}{name}: {finding.detail}"
+            place = f"line {finding.line}" if finding.file == one.path else f"{finding.file}:{finding.line}"
+            yield f"    {place}{name}: {finding.detail}"
         if len(findings) > max_shown:
             yield f"    and {len(findings) - max_shown} more"
     if not one.findings:

@@ -33,11 +33,12 @@ class ClipFacts:
 
 
 class Placed(NamedTuple):
-    """A clip, the example that it belongs to, and the line where that stands."""
+    """A clip, the example that it belongs to, and where that stands."""
 
     line: int
     example: Example
     clip: Clip
+    file: str = ""
 
 
 def examine(clip: Clip) -> ClipFacts | AudioError:

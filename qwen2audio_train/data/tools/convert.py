@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,19 +15,26 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.data import SourceConfig, SourceFormat
-from qwen2audio_train.data.audio.decode import AudioError, probe
-from qwen2audio_train.data.examples import Example, TaskExample
-from qwen2audio_train.data.manifests.columns import check_columns, columns_of, reach
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.audio.decode import AudioError
+from qwen2audio_train.data.audio.length import clip_length
+from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
+from qwen2audio_train.data.manifests.cache import stamp_of
+from qwen2audio_train.data.manifests.columns import as_text, check_columns, columns_of, reach
 from qwen2audio_train.data.manifests.corpus import Corpus, open_corpus
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import parse_line, to_record
-from qwen2audio_train.data.manifests.readers import Row
+from qwen2audio_train.data.manifests.manifest import parse_record, to_record
+from qwen2audio_train.data.manifests.tables import Row
+from qwen2audio_train.data.quarantine import count_reasons
 from qwen2audio_train.data.storage.files import text_hash, write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.storage.remote import Remote
 
 ROWS_PER_JOB = 256
+MOST_VALUES = 1000
+"""Values of a column of `where` that are remembered."""
 
 
 @dataclass
@@ -33,8 +42,9 @@ class ConvertOptions:
     """The keys of `launch/data.py convert`.
 
     Attributes:
-        input: the corpus: a table (JSONL, CSV, TSV), tars, a Kaldi folder, lhotse cuts, a Hugging Face data set. Audio
-            paths in it are relative to its folder, or to `audio_dir`.
+        input: the corpus: a table (JSON, CSV, TSV), conversations, tars, a Kaldi folder, lhotse cuts, a Hugging Face
+            data set, a folder of audio; several files by braces and globs. Audio paths in it are relative to its
+            folder, or to `audio_dir`.
         output: the manifest to write; audio paths in it are relative to its folder.
         format: the form, where its looks do not tell.
         columns: our field -> the corpus's column; `labels.emotion` reaches into an object.
@@ -60,6 +70,26 @@ class ConvertOptions:
     num_workers: int = os.cpu_count() or 1
 
 
+@dataclass
+class Seen:
+    """What the rows hold: all columns, and how often each value of a column of `where` comes."""
+
+    columns: set[str] = field(default_factory=set)
+    values: dict[str, Counter[str]] = field(default_factory=dict)
+    num_rows: int = 0
+
+    def add(self, row: Row | ManifestError, where: dict[str, str]) -> None:
+        self.num_rows += 1
+        if isinstance(row, ManifestError):
+            return
+        self.columns |= columns_of(row)
+        for column in where:
+            counter = self.values.setdefault(column, Counter())
+            value = as_text(reach(row, column))
+            if value in counter or len(counter) < MOST_VALUES:
+                counter[value] += 1
+
+
 @dataclass(frozen=True)
 class Converted:
     """Number of examples written, and what is wrong with the rows that were not."""
@@ -82,7 +112,7 @@ def convert(options: ConvertOptions) -> Converted:
     it stopped, unless the input or the options have changed.
 
     Raises:
-        ConfigError: a column that no row has, an unknown form.
+        ConfigError: a column that no row has, an unknown form, a corpus of which no row becomes an example.
     """
     target = Path(options.output)
     source = SourceConfig(
@@ -94,28 +124,48 @@ def convert(options: ConvertOptions) -> Converted:
         subset=options.subset,
         revision=options.revision,
     )
-    corpus = open_corpus(target.stem, source, Remote(), key="")
+    corpus = open_corpus(target.stem, source, Remote(), where="input")
+    corpus = replace(corpus, recordings=str(target.with_suffix(".audio")))
     notes = target.with_name(f".{target.name}.part")
-    columns: set[str] = set()
-    _note_all(corpus, options, notes, columns)
+    seen = Seen()
+    _note_all(corpus, options, notes, seen)
     asked = {f"columns.{name}": column for name, column in options.columns.items()}
     asked |= {f"where.{column}": column for column in options.where}
     try:
-        check_columns(asked, columns, options.input)
+        check_columns(asked, seen.columns, options.input)
         errors = [outcome for outcome in _noted(notes) if isinstance(outcome, str)]
         if errors and not options.skip_bad:
             return Converted(0, errors)
+        written = sum(isinstance(outcome, dict) for outcome in _noted(notes))
+        if not written:
+            raise ConfigError(f"{options.input}: nothing was written: {_why_nothing(seen, options.where, errors)}")
         records = (outcome for outcome in _noted(notes) if isinstance(outcome, dict))
         write_whole(target, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        return Converted(sum(isinstance(outcome, dict) for outcome in _noted(notes)), errors)
+        return Converted(written, errors)
     finally:
         notes.unlink()
 
 
-def _note_all(corpus: Corpus, options: ConvertOptions, notes: Path, columns: set[str]) -> None:
-    """Note what becomes of every row, behind what is noted already; the rows' columns are added to `columns`."""
+def _why_nothing(seen: Seen, where: dict[str, str], errors: list[str]) -> str:
+    """Why no row became an example."""
+    if not seen.num_rows:
+        return "it holds no rows (a line of names alone, or nothing)"
+    reasons = []
+    for column, value in where.items():
+        found = seen.values.get(column, Counter())
+        if value not in found:
+            known = ", ".join(f"{name!r} ({count})" for name, count in found.most_common(5))
+            hint = nearest(value, map(repr, found)) if len(found) > 5 else ""
+            reasons.append(f"no row has where.{column}={value}; the column has {known}; {hint}".rstrip("; "))
+    if errors:
+        reasons.append(f"{len(errors)} bad rows: {count_reasons(errors)}")
+    return " and ".join(reasons) or "no row has all the values of where at once"
+
+
+def _note_all(corpus: Corpus, options: ConvertOptions, notes: Path, seen: Seen) -> None:
+    """Note what becomes of every row, behind what is noted already; what the rows hold is added to `seen`."""
     done = _resume(notes, _made_of(corpus, options))
-    jobs = _jobs(corpus, done, columns)
+    jobs = _jobs(corpus, done, seen, options.where)
     work = partial(_outcomes, replace(corpus, files=(), hub=None), options)
     first = list(islice(jobs, 2))
     jobs = chain(first, jobs)
@@ -138,8 +188,7 @@ def _note_all(corpus: Corpus, options: ConvertOptions, notes: Path, columns: set
 def _made_of(corpus: Corpus, options: ConvertOptions) -> str:
     """Names all that the outcomes depend on."""
     given = {key: str(value) for key, value in vars(options).items() if key not in ("skip_bad", "num_workers")}
-    states = [os.stat(path) if os.path.exists(path) else None for path in corpus.files]
-    return text_hash(str(given), str([state and (state.st_size, state.st_mtime_ns) for state in states]))
+    return text_hash(str(given), *(stamp_of(path) for path in corpus.files))
 
 
 def _resume(notes: Path, made_of: str) -> int:
@@ -159,13 +208,12 @@ def _resume(notes: Path, made_of: str) -> int:
     return done
 
 
-def _jobs(corpus: Corpus, done: int, columns: set[str]) -> Iterator[Rows]:
+def _jobs(corpus: Corpus, done: int, seen: Seen, where: dict[str, str]) -> Iterator[Rows]:
     """The rows behind the first `done`, some at a time."""
     rows: Rows = []
     for shard in range(corpus.num_shards):
         for number, row in corpus.rows(shard):
-            if isinstance(row, dict):
-                columns |= columns_of(row)
+            seen.add(row, where)
             if done > 0:
                 done -= 1
                 continue
@@ -180,46 +228,53 @@ def _jobs(corpus: Corpus, done: int, columns: set[str]) -> Iterator[Rows]:
 def _outcomes(corpus: Corpus, options: ConvertOptions, rows: Rows) -> str:
     """A line for every row: its place, its number, and what it becomes."""
     lines = [[place, number, _outcome(corpus, options, place, number, row)] for place, number, row in rows]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _outcome(corpus: Corpus, options: ConvertOptions, place: str, number: int, row: Row | ManifestError) -> Outcome:
     if isinstance(row, ManifestError):
         return str(row)
-    if any(str(reach(row, column)) != value for column, value in options.where.items()):
+    if any(as_text(reach(row, column)) != value for column, value in options.where.items()):
         return None
     try:
-        example = _example(corpus.record(row), place, number, options.audio_dir)
+        return to_record(_example(corpus, row, place, number, options.audio_dir), Path(options.output).parent)
     except ManifestError as error:
         return str(error)
-    except (AudioError, TypeError) as error:
+    except (AudioError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         return f"{place}:{number}: {error}"
-    return to_record(example, Path(options.output).parent)
 
 
 def _noted(notes: Path) -> Iterator[Outcome]:
     """What the rows become, an id that stood before being an error."""
-    first_row: dict[str, int] = {}
+    first_row: dict[str, tuple[str, int]] = {}
     with notes.open(encoding="utf-8") as lines:
         next(lines)
         for line in lines:
             place, number, outcome = json.loads(line)
+            place = sys.intern(place)  # one path for all of its rows
             if isinstance(outcome, dict):
-                first = first_row.setdefault(outcome["id"], number)
-                if first != number:
-                    found = f'"{outcome["id"]}", as in line {first}'
+                first = first_row.setdefault(outcome["id"], (place, number))
+                if first != (place, number):
+                    there = f"line {first[1]}" if first[0] == place else f"line {first[1]} of {first[0]}"
+                    hint = (
+                        "" if first[0] == place else "; columns.id=__path__ puts the file's name before a key of a tar"
+                    )
+                    found = f'"{outcome["id"]}", as in {there}{hint}'
                     outcome = str(ManifestError(place, number, "id", "an id of its own", found))
             yield outcome
 
 
-def _example(record: dict[str, Any], place: str, number: int, audio_dir: str | None) -> Example:
-    clip = record.get("audio")
-    path = clip.get("path") if isinstance(clip, dict) else clip
-    if audio_dir is not None and isinstance(path, str) and "://" not in path:
-        path = os.path.abspath(os.path.join(audio_dir, path))
-        record["audio"] = {**clip, "path": path} if isinstance(clip, dict) else path
-    example = parse_line(json.dumps(record), place, number)
-    if not isinstance(example, TaskExample) or example.clip.duration_s is not None:
-        return example
-    duration_s = round(probe(example.clip.path).duration_s - example.clip.start_s, 4)
-    return replace(example, clip=replace(example.clip, duration_s=duration_s))
+def _example(corpus: Corpus, row: Row, place: str, number: int, audio_dir: str | None) -> Example:
+    """The example of a row, with the length of every clip. Raises ManifestError, AudioError."""
+    record = corpus.record(row, place, number)
+    folder = audio_dir if audio_dir is None or "://" in audio_dir else os.path.abspath(audio_dir)
+    beside = place if folder is None else os.path.join(folder, os.path.basename(place))
+    try:
+        example = parse_record(record, beside, number)
+    except ManifestError as error:
+        raise ManifestError(place, error.line, error.field, error.expected, error.found) from None
+    return with_clips(example, [_timed(clip) for clip in clips_of(example)])
+
+
+def _timed(clip: Clip) -> Clip:
+    return clip if clip.duration_s is not None else replace(clip, duration_s=round(clip_length(clip), 4))

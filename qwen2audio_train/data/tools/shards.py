@@ -27,16 +27,16 @@ from tqdm import tqdm
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import AudioLimits, load_audio, open_audio, probe
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
-from qwen2audio_train.data.manifests.cache import Manifest
 from qwen2audio_train.data.manifests.corpus import OWN_RECORD
 from qwen2audio_train.data.manifests.manifest import to_record
-from qwen2audio_train.data.order.index import Index, Measured, open_index
+from qwen2audio_train.data.order.index import Index, Measured, open_index, why_empty
 from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample
 from qwen2audio_train.data.storage.blobs import BLOCK, TarMember
 from qwen2audio_train.data.storage.files import write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.data.tools.sources import open_manifests
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import SAMPLING_RATE
 
@@ -88,8 +88,10 @@ def write_shards(options: ShardOptions) -> Sharded:
     """
     if not options.manifests or options.audio not in ("keep", "flac") or options.shard_mib <= 0:
         raise ConfigError("shard: expected manifests=[...], audio=keep or flac, and shard_mib above 0")
-    files = [Manifest(path, path) for path in options.manifests]
+    files = [manifest for path in options.manifests for manifest in open_manifests(path, options.cache_dir)]
     index = open_index(files, _measure, f"bytes/{options.audio}", options.cache_dir, options.num_workers)
+    if not len(index):
+        raise ConfigError(f"manifests: {why_empty(index)}")
     order, edges = plan_shards(index, options)
     output = Path(options.output)
     _claim(output, index, options)

@@ -16,9 +16,9 @@ from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import PAIRED, Clip, Example
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import parse_manifest
 from qwen2audio_train.data.prompts.render import Piece, Rendered, render
 from qwen2audio_train.data.prompts.tokenize import text_encoder, tokenize
+from qwen2audio_train.data.tools.sources import examples_of, open_manifests
 from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_clip_tokens, num_frames, window_samples
 
 IDS_COMPARED = 10_000
@@ -32,10 +32,11 @@ class ShowOptions:
     """The keys of `launch/data.py show`.
 
     Attributes:
-        manifest: where the example is.
+        manifest: where the example is: a manifest, or a corpus that says itself what it is.
         example: its id, or its number counted from 0.
         tokenizer: folder or hub id; with it every token is listed.
         image: PNG file for the spectrogram of the clips (needs matplotlib).
+        cache_dir: that of the recipe.
     """
 
     manifest: str = "???"
@@ -47,6 +48,7 @@ class ShowOptions:
     tokenizer: str | None = None
     image: str | None = None
     num_mel_bins: int = 128
+    cache_dir: str = "data_cache"
 
 
 def show(options: ShowOptions, colour: bool = False) -> str:
@@ -56,7 +58,7 @@ def show(options: ShowOptions, colour: bool = False) -> str:
         ConfigError: there is no such example.
         AudioError: a clip cannot be read.
     """
-    example = find_example(options.manifest, options.example)
+    example = find_example(options.manifest, options.example, options.cache_dir)
     rendered = render(
         example,
         prompt_style=options.prompt_style,
@@ -77,13 +79,13 @@ def show(options: ShowOptions, colour: bool = False) -> str:
     return "\n".join(parts)
 
 
-def find_example(manifest: str, name: str) -> Example:
+def find_example(manifest: str, name: str, cache_dir: str) -> Example:
     """The example of that id or, failing that, number (bad lines do not count). Raises ConfigError."""
     number = int(name) if name.isdecimal() else None
     numbered: Example | None = None
     count = 0
     ids: list[str] = []
-    for item in parse_manifest(manifest):
+    for _, _, item in examples_of(open_manifests(manifest, cache_dir, "manifest")):
         if isinstance(item, ManifestError):
             continue
         if item.id == name:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -24,9 +22,10 @@ from qwen2audio_train.config.data import (
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Example, clips_of, task_of
 from qwen2audio_train.data.manifests.cache import find_manifests
-from qwen2audio_train.data.order.index import Index, Measure, Measured, open_index
+from qwen2audio_train.data.order.index import Index, Measure, Measured, open_index, why_empty
 from qwen2audio_train.data.samples.maker import maker_of, with_duration
 from qwen2audio_train.data.samples.recipe import recipe_of, remote_of
+from qwen2audio_train.data.tools.sources import named_sources
 from qwen2audio_train.layout import NUM_MEL_BINS, num_clip_tokens, num_samples_of
 
 BINS_S = (0, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, float("inf"))
@@ -77,16 +76,10 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
     """The indexes of the sources, built where the cache lacks them.
 
     Raises:
-        ConfigError: no sources.
+        ConfigError: no sources, or one without an example.
         FileNotFoundError: a source's files do not exist.
     """
-    stems = Counter(Path(path).stem for path in options.manifests)
-    named = {
-        path if stems[Path(path).stem] > 1 else Path(path).stem: SourceConfig([path]) for path in options.manifests
-    }
-    named |= options.sources
-    if not named:
-        raise ConfigError("manifests: no value was given; set manifests=[train.jsonl] or sources.<name>.path=[...]")
+    named = named_sources(options.manifests, options.sources)
     data = DataConfig(
         sources=named,
         prompt_style=options.prompt_style,
@@ -102,8 +95,10 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
         measure, key = maker.measure, maker.measure_key
     indexes = {}
     for name, source in named.items():
-        manifests = find_manifests(name, source, remote_of(data), options.num_workers, key="sources")
+        manifests = find_manifests(name, source, remote_of(data), options.num_workers, where=f"sources.{name}")
         indexes[name] = open_index(manifests, measure, key, options.cache_dir, options.num_workers)
+        if not len(indexes[name]):
+            raise ConfigError(f"sources.{name}: no usable example: {why_empty(indexes[name])}")
     return indexes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -11,13 +12,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qwen2audio_train.config.data import DataConfig
 from qwen2audio_train.config.schema import ConfigError, ModelKind, StageConfig
 from qwen2audio_train.data.examples import Example, TaskExample
-from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.manifests.cache import find_manifests, good_examples, streamed_examples
+from qwen2audio_train.data.manifests.corpus import open_corpus
 from qwen2audio_train.data.prompts.pools import tag_tokens
 from qwen2audio_train.data.prompts.render import Text, render
 from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import base_of, start_of
+
+MOST_STREAMED = 10_000
+"""Examples of a stream that a tokenizer is fitted on."""
 
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
 
@@ -55,8 +60,12 @@ def languages_of(examples: Iterable[Example]) -> list[str]:
 
 
 def training_examples(data: DataConfig) -> Iterator[Example]:
-    """The good lines of the training manifests; bad ones are the loader's to count."""
+    """The good lines of the training manifests, the first ones of streams; bad ones are the loader's to count."""
     for name, source in data.sources.items():
+        if source.streaming:
+            corpus = open_corpus(name, source, remote_of(data))
+            yield from islice(streamed_examples(corpus), MOST_STREAMED)
+            continue
         yield from good_examples(find_manifests(name, source, remote_of(data), data.num_workers))
 
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from qwen2audio_train.config.data import DataConfig, SourceConfig, SourceFormat
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.loading.build import build_batches
-from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.manifests.cache import ERROR_KEY, find_manifests, good_examples
 from qwen2audio_train.data.manifests.corpus import open_corpus
+from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.storage.paths import expand_braces, expand_paths
 from qwen2audio_train.data.storage.remote import Remote
 from tests.data.corpora import fingerprint, small_config, write_corpus
@@ -182,8 +183,10 @@ def pools() -> dict[str, Any]:
 
 
 def manifests(source: SourceConfig, cache: Path) -> list[dict[str, Any]]:
+    """The lines as they are written down; a row that could not be read is the words of its error."""
     files = find_manifests("s", source, Remote(str(cache)))
-    return [json.loads(line) for file in files for line in Path(file.path).read_text().splitlines()]
+    rows = [json.loads(line) for file in files for line in Path(file.path).read_text().splitlines()]
+    return [{ERROR_KEY: str(ManifestError(*row[ERROR_KEY]))} if ERROR_KEY in row else row for row in rows]
 
 
 def test_written_manifests_say_where_the_audio_is(folder: Path, tmp_path: Path) -> None:
@@ -269,7 +272,7 @@ def test_an_unknown_column_is_named_with_the_nearest(folder: Path, tmp_path: Pat
     source = SourceConfig([str(folder / "a.jsonl")], columns={"target": "targget"})
     with pytest.raises(
         ConfigError,
-        match=r'data\.sources\.s\.columns\.target: no row of .* has a column "targget"; did you mean target',
+        match=r"data\.sources\.s\.columns\.target: no row of .* has a column \"targget\"; did you mean 'target'",
     ):
         find_manifests("s", source, Remote(str(tmp_path)))
 
@@ -286,7 +289,9 @@ def test_our_manifest_with_other_column_names(tmp_path: Path) -> None:
 
 def test_looks_tell_the_form_or_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "what").mkdir()
-    with pytest.raises(ConfigError, match=r"data\.sources\.s\.format: .*set one of auto, manifest, webdataset"):
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\.s\.format: .*set format to one of auto, manifest, webdataset"
+    ):
         find_manifests("s", SourceConfig([str(tmp_path / "what")]), Remote(str(tmp_path)))
     with pytest.raises(FileNotFoundError, match=r"data\.sources\.s\.path: no file"):
         find_manifests("s", SourceConfig([str(tmp_path / "none.jsonl")]), Remote(str(tmp_path)))

@@ -13,7 +13,7 @@ import qwen2audio_train.data.tools.convert as convert_module
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.manifests.columns import map_row
 from qwen2audio_train.data.manifests.manifest import read_manifest
-from qwen2audio_train.data.manifests.readers import read_table
+from qwen2audio_train.data.manifests.tables import read_table
 from qwen2audio_train.data.tools.convert import ConvertOptions, convert
 
 Tone = Callable[..., Path]
@@ -120,10 +120,10 @@ def test_a_conversion_that_was_broken_off_goes_on(
 def test_misspelt_columns(options: ConvertOptions) -> None:
     Path(options.input).write_text("id,path,text,lang\nu1,a.wav,x,en\n")
     options.columns["language"] = "langs"
-    with pytest.raises(ConfigError, match=r'columns\.language: no row of .* "langs"; did you mean lang\?'):
+    with pytest.raises(ConfigError, match=r"columns\.language: no row of .* \"langs\"; did you mean 'lang'\?"):
         convert(options)
     options.columns["language"], options.where = "lang", {"q": "1"}
-    with pytest.raises(ConfigError, match=r'where\.q: no row of .* "q"; there are: id, lang, path, text'):
+    with pytest.raises(ConfigError, match=r"where\.q: no row of .* \"q\"; there are: 'id', 'lang', 'path', 'text'"):
         convert(options)
 
 
