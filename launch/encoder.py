@@ -7,7 +7,7 @@ from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.planning.dry_run import print_plan
 from qwen2audio_train.training.stages.arguments import training_arguments
 from qwen2audio_train.training.stages.batches import training_batches
-from qwen2audio_train.training.stages.encoder import build_recogniser, byte_tokenizer, encoder_trainer
+from qwen2audio_train.training.stages.encoder import build_listener, encoder_tokenizer, encoder_trainer
 from qwen2audio_train.training.stages.run import fit, make_selfmade, open_run
 
 
@@ -18,8 +18,8 @@ def main(config: StageConfig) -> None:
     arguments = training_arguments(config)
     open_run(config)
     make_selfmade(config.data)
-    tokenizer = byte_tokenizer(config)
-    model = build_recogniser(config, tokenizer)
+    tokenizer = encoder_tokenizer(config)
+    model = build_listener(config, tokenizer)
     batches = training_batches(config, tokenizer)
     trainer = encoder_trainer(config, arguments, model, tokenizer, batches)
     fit(trainer, config)

@@ -10,15 +10,18 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qwen2audio_train.config.schema import StageConfig, load_config
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.training.stages.arguments import training_arguments
 from qwen2audio_train.training.stages.batches import training_batches
-from qwen2audio_train.training.stages.encoder import build_recogniser, byte_tokenizer, encoder_trainer
+from qwen2audio_train.training.stages.encoder import build_listener, encoder_tokenizer, encoder_trainer
 from qwen2audio_train.training.stages.language_model import language_modelling_trainer
 from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.preference import preference_trainer
 from qwen2audio_train.training.stages.run import fit, open_run
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer
 from qwen2audio_train.training.trainers.packed import PackedTrainer
+from tests.noise import WORDS
+from tests.parts import write_language_model, write_whisper
 
 ARCHITECTURE = {
     "audio_config": {
@@ -77,14 +80,24 @@ def encoder_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
     return recipe(corpus, run_dir, "stage=encoder", *overrides, sources=["speech"])
 
 
+def warm_up_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
+    """The same for a model put together from a tiny Whisper and a tiny Llama, which are made in `corpus`."""
+    parts = [f"model.audio_encoder={corpus}/whisper", f"model.language_model={corpus}/llama"]
+    if not (corpus / "llama").is_dir():
+        write_whisper(corpus / "whisper", bands=16)
+        write_language_model(corpus / "llama", "llama", train_tokenizer(WORDS, 300))
+    frozen = [f"model.freeze.{part}=true" for part in ("language_model", "embed_tokens", "lm_head")]
+    return encoder_recipe(corpus, run_dir, "model.kind=assembled", *parts, *frozen, *overrides)
+
+
 def build_trainer(config: StageConfig) -> PackedTrainer:
     """The trainer of a recipe, built as the launch scripts build it."""
     arguments = training_arguments(config)
     open_run(config)
     if config.stage == "encoder":
-        bytes_only = byte_tokenizer(config)
-        recogniser = build_recogniser(config, bytes_only)
-        return encoder_trainer(config, arguments, recogniser, bytes_only, training_batches(config, bytes_only))
+        words = encoder_tokenizer(config)
+        listener = build_listener(config, words)
+        return encoder_trainer(config, arguments, listener, words, training_batches(config, words))
     tokenizer = build_tokenizer(config)
     model = build_policy(config, tokenizer)
     batches = training_batches(config, tokenizer)

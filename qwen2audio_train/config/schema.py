@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bounds
 from qwen2audio_train.config.combinations import refusal
+from qwen2audio_train.config.ctc import CtcConfig
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
 from qwen2audio_train.errors import UserError
 
@@ -230,6 +231,7 @@ class StageConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    ctc: CtcConfig = field(default_factory=CtcConfig)
 
 
 @dataclass
@@ -283,12 +285,13 @@ class ExportConfig:
 
 @dataclass
 class StageCall:
-    """One stage of a recipe: overrides of its own root, as they stand on a command line, and of its evaluation."""
+    """One stage of a recipe: overrides of its own root and of its evaluation, whether there is anything to score after
+    it (`decodes`), and the key by which the next stage starts from it (`hands_on`)."""
 
     overrides: list[str] = field(default_factory=list)
     evaluate: list[str] = field(default_factory=list)
     decodes: bool = True
-    """Whether there is anything to decode and score after it."""
+    hands_on: str = field(default="init_from", metadata={"choices": ("init_from", "model.audio_encoder")})
 
 
 @dataclass

@@ -14,7 +14,7 @@ from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 PARTS = ("audio_tower", "multi_modal_projector", "language_model", "embed_tokens", "lm_head")
 """Disjoint parts that together hold every parameter; `language_model` leaves its `embed_tokens` out."""
 
-_PART = re.compile(r"(?:^|\.)(audio_tower|multi_modal_projector|embed_tokens|language_model|lm_head)(?=\.)")
+_PART = re.compile(r"(?:^|\.)(audio_tower|multi_modal_projector|embed_tokens|language_model|lm_head|ctc_head)(?=\.)")
 _ENCODER_LAYER = re.compile(r"(?:^|\.)audio_tower\.(?:.*\.)?layers\.(\d+)\.")
 
 
@@ -27,6 +27,8 @@ def part_of(name: str) -> str:
     found = _PART.findall(name)
     if not found:
         raise ValueError(f"parameter {name} belongs to none of {', '.join(PARTS)}")
+    if found == ["ctc_head"]:  # it reads what the projector writes
+        return "multi_modal_projector"
     return "embed_tokens" if "embed_tokens" in found else str(found[0])
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,13 +20,14 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
 
-from qwen2audio_train.layout import MIN_FRAMES, mel_columns
+from qwen2audio_train.layout import MIN_FRAMES, mel_columns, num_audio_tokens
 from qwen2audio_train.model.attention import PACKED_ATTENTION, register_packed_attention
+from qwen2audio_train.model.ctc import CtcHead
 from qwen2audio_train.model.encoder import encode_packed
 from qwen2audio_train.model.encoder_cache import EncoderCache
 from qwen2audio_train.model.loss import LabelHead, LabelObjective, label_nll
+from qwen2audio_train.model.outputs import PackedHidden, PackedOutput
 
 STOCK_ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
 """What a saved config names as its class, so that plain transformers loads it."""
@@ -40,25 +40,8 @@ PUBLISHED_NAMES = {
 }
 """Where weights of the published checkpoints (transformers 4) lie in the modules of transformers 5."""
 
-BLOCKS = ["Qwen2AudioEncoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]
+BLOCKS = ["Qwen2AudioEncoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer"]
 """Units that are wrapped, compiled and checkpointed as a whole."""
-
-
-@dataclass
-class PackedOutput(ModelOutput):
-    """What a packed training batch gives back.
-
-    Attributes:
-        nll_sum: () float32, differentiable: sum of weight x nll.
-        weight_sum: () float32: sum of the weights.
-        nll: (M,) float32, detached.
-        correct: (M,) bool: the label is the most likely token.
-    """
-
-    nll_sum: Tensor | None = None
-    weight_sum: Tensor | None = None
-    nll: Tensor | None = None
-    correct: Tensor | None = None
 
 
 class PackedQwen2AudioModel(Qwen2AudioModel):
@@ -104,7 +87,8 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
             `last_hidden_state` (1, N, d), or (2 B, T, d) with `scatter`.
         """
         ids, positions = (input_ids, position_ids) if packed_ids is None else (packed_ids, packed_positions)
-        embeds = self.embed(ids, mel, clip_frames, audio_slot)
+        audio = self.hear(mel, clip_frames)
+        embeds = self.place(ids, audio, audio_slot)
         hidden = self.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -118,10 +102,24 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
         ).last_hidden_state
         if scatter is not None:
             hidden = hidden[0][scatter.clamp(min=0)] * (scatter >= 0).unsqueeze(-1)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return PackedHidden(last_hidden_state=hidden, audio=audio)
 
     def embed(self, input_ids: Tensor, mel: Tensor, clip_frames: Tensor, audio_slot: Tensor) -> Tensor:
-        """Token embeddings with the audio in its places.
+        """Token embeddings with the audio in its places: `hear`, then `place`."""
+        return self.place(input_ids, self.hear(mel, clip_frames), audio_slot)
+
+    def hear(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+        """Audio embeddings (n, d) of packed clips; without a clip those of a dummy.
+
+        Every rank has to run the same modules: a pack without audio runs them on a clip that weighs nothing.
+        """
+        if len(clip_frames) == 0:
+            mel = mel.new_zeros(mel.size(0), mel_columns(MIN_FRAMES))
+            clip_frames = clip_frames.new_tensor([MIN_FRAMES])
+        return self.encode(mel, clip_frames)
+
+    def place(self, input_ids: Tensor, audio: Tensor, audio_slot: Tensor) -> Tensor:
+        """Token embeddings with audio embeddings (n, d) in their places.
 
         Args:
             input_ids: (rows, columns), one row in a packed batch.
@@ -134,17 +132,13 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
             ValueError: `audio_slot` has not one place for every audio token of the clips.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        if len(clip_frames) == 0:
-            # Every rank has to run the same modules: a pack without audio runs them on a clip that weighs nothing.
-            mel = mel.new_zeros(mel.size(0), mel_columns(MIN_FRAMES))
-            clip_frames = clip_frames.new_tensor([MIN_FRAMES])
-        audio = self.encode(mel, clip_frames).to(embeds.dtype)
+        audio = audio.to(embeds.dtype)
         if len(audio_slot) == 0:
             return cast(Tensor, embeds + 0.0 * audio.sum())
         if len(audio_slot) != len(audio):
             raise ValueError(
-                f"audio_slot names {len(audio_slot)} places, the clips have {len(audio)} audio tokens "
-                f"(mel frames {clip_frames.tolist()}); give every clip layout.num_audio_tokens(frames) placeholders"
+                f"audio_slot names {len(audio_slot)} places, the clips have {len(audio)} audio tokens; give every clip "
+                "layout.num_audio_tokens(frames) placeholders"
             )
         flat = embeds.flatten(0, 1).index_copy(0, audio_slot, audio)
         return cast(Tensor, flat.view_as(embeds))
@@ -171,6 +165,12 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
     checkpointed_parts: tuple[str, ...] = ("audio_tower", "language_model")
     """Parts whose layers recompute their activations when gradient checkpointing is on."""
 
+    ctc_head: CtcHead | None
+    """Reads the audio embeddings as tokens where that is an objective of the run."""
+
+    runs_language_model: bool = True
+    """Whether a packed batch goes through the language model, or through `ctc_head` alone."""
+
     checkpoint_function: Callable[..., Any] | None = None
     """How they do, set by `activation_checkpointing.set_activation_checkpointing`; None: as transformers asks."""
 
@@ -183,7 +183,13 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         super(Qwen2AudioForConditionalGeneration, self).__init__(config)
         self.model = PackedQwen2AudioModel(config)
         self.lm_head = LabelHead(text.hidden_size, text.vocab_size, bias=False)
+        self.ctc_head = None
         self.post_init()
+
+    def attach_ctc_head(self, head: CtcHead) -> None:
+        """Read the audio embeddings as tokens besides; `save_pretrained` leaves the head out."""
+        self.ctc_head = head
+        self._keys_to_ignore_on_save = {f"ctc_head.{name}" for name in head.state_dict()}
 
     def forward(self, *args: Any, cu_q: Tensor | None = None, **kwargs: Any) -> Any:
         """Stock forward, or with `cu_q` the loss of a packed batch: see `forward_packed`."""
@@ -210,13 +216,41 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
             source_id: (M,) not looked at here.
             objective: what to sum instead of weight x nll; it sees the nll at `temperature`.
             temperature: divisor of the logits.
-            batch: what `PackedQwen2AudioModel.forward_packed` takes.
+            batch: what `PackedQwen2AudioModel.forward_packed` takes, and `transcript`, `transcript_length` and `others`
+                of `CtcHead` where the model has one.
         """
-        hidden = self.model(**batch).last_hidden_state[0][predict_from]
+        if not self.runs_language_model:
+            return self._read(**batch)
+        out = self.model(**batch)
+        hidden = out.last_hidden_state[0][predict_from]
         if temperature != 1.0:
             hidden = hidden / temperature  # the head has no bias, so this divides its logits
         loss = label_nll(hidden, self.lm_head, target, weight, objective)
-        return PackedOutput(nll_sum=loss.nll_sum, weight_sum=weight.float().sum(), nll=loss.nll, correct=loss.correct)
+        ctc_sum = None if self.ctc_head is None else self._ctc_sum(out.audio, **batch)
+        return PackedOutput(loss.nll_sum, weight.float().sum(), loss.nll, loss.correct, ctc_sum)
+
+    def _read(self, mel: Tensor, clip_frames: Tensor, **batch: Tensor) -> PackedOutput:
+        """Loss of the transcripts alone, and in evaluation what is read instead."""
+        audio = self.model.hear(mel, clip_frames)
+        norms = audio.detach().float().norm(dim=1) * (len(clip_frames) > 0)
+        output = PackedOutput(ctc_sum=self._ctc_sum(audio, clip_frames, **batch))
+        output.audio_norms = torch.stack((norms.sum(), (norms > 0).sum().float()))
+        if not self.training and self.ctc_head is not None:
+            output.read = self.ctc_head.read(audio, _lengths(clip_frames), self.get_input_embeddings())
+        return output
+
+    def _ctc_sum(
+        self,
+        audio: Tensor,
+        clip_frames: Tensor,
+        transcript: Tensor,
+        transcript_length: Tensor,
+        others: Tensor | None = None,
+        **_: Tensor,
+    ) -> Tensor:
+        assert self.ctc_head is not None
+        embed = self.get_input_embeddings()
+        return cast(Tensor, self.ctc_head(audio, _lengths(clip_frames), transcript, transcript_length, embed, others))
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Stock, then off again in the parts that were not asked for: see `activation_checkpointing`."""
@@ -238,6 +272,11 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         self.config.architectures = [STOCK_ARCHITECTURE]
         if is_main_process:
             self.config.save_pretrained(save_directory)
+
+
+def _lengths(clip_frames: Tensor) -> list[int]:
+    """Audio tokens of each clip."""
+    return [num_audio_tokens(frames) for frames in clip_frames.tolist()]
 
 
 def register_weight_names() -> None:

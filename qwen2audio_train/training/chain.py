@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Stage, StageConfig
+from qwen2audio_train.config.schema import ConfigError, RecipeConfig, StageConfig
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage
 from qwen2audio_train.evaluation.reporting.summary import RunSummary, StageRecord, write_summary
@@ -79,9 +79,7 @@ class Ledger:
 def stage_overrides(recipe: RecipeConfig, name: str, before: str | None) -> list[str]:
     """Overrides of a stage's own root: its place in the run, the recipe's, then its own."""
     place = [f"name={recipe.name}-{name}", f"run_dir={recipe.run_dir}/{name}", f"seed={recipe.seed}"]
-    # Stage zero hands on its tower alone: tokenizer and language model are those of the stage after it.
-    key = "model.audio_encoder" if before == Stage.encoder else "init_from"
-    start = [] if before is None else [f"{key}={recipe.run_dir}/{before}"]
+    start = [] if before is None else [f"{recipe.stages[before].hands_on}={recipe.run_dir}/{before}"]
     return [*place, *start, *recipe.overrides, *recipe.stages[name].overrides]
 
 

@@ -13,10 +13,6 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    WhisperConfig,
-    WhisperModel,
 )
 
 from qwen2audio_train.config.schema import ModelConfig, ModelKind
@@ -24,48 +20,7 @@ from qwen2audio_train.layout import AUDIO_TOKEN, SPECIAL_TOKENS
 from qwen2audio_train.model.build import add_special_tokens, build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from tests.model.rows import slot
-
-VOCAB = 64
-TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": VOCAB,
-}
-
-
-def whisper(folder: Path, bands: int = 80) -> WhisperModel:
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        num_mel_bins=bands,
-        d_model=24,
-        encoder_layers=2,
-        encoder_attention_heads=3,
-        encoder_ffn_dim=40,
-        decoder_layers=1,
-        decoder_attention_heads=3,
-        decoder_ffn_dim=40,
-        vocab_size=50,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    model = WhisperModel(config)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def language_model(folder: Path, family: str, tied: bool) -> nn.Module:
-    torch.manual_seed(1)
-    if family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**TEXT, tie_word_embeddings=tied))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**TEXT, tie_word_embeddings=tied, head_dim=16))
-    model.save_pretrained(folder)
-    return model.eval()
+from tests.parts import TEXT, VOCAB, write_language_model, write_whisper
 
 
 def tokenizer(words: int) -> PreTrainedTokenizerFast:
@@ -81,10 +36,11 @@ def recipe(folder: Path) -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_assembled_model_equals_its_parts(tmp_path: Path, family: str, tied: bool) -> None:
-    encoder = whisper(tmp_path / "whisper").encoder
-    lm = language_model(tmp_path / "lm", family, tied)
+    encoder = write_whisper(tmp_path / "whisper").encoder
+    lm = write_language_model(tmp_path / "lm", family, tied=tied)
     words = add_special_tokens(tokenizer(VOCAB))
     model = build_model(recipe(tmp_path), tokenizer=words).eval()
 
@@ -123,8 +79,8 @@ def _without_last_norm(encoder: nn.Module, mel: torch.Tensor) -> torch.Tensor:
 
 
 def test_vocabulary_grows_by_the_audio_tokens_and_no_old_row_changes(tmp_path: Path) -> None:
-    whisper(tmp_path / "whisper")
-    lm = language_model(tmp_path / "lm", "qwen2", tied=True)
+    write_whisper(tmp_path / "whisper")
+    lm = write_language_model(tmp_path / "lm", "qwen2", tied=True)
     words = add_special_tokens(tokenizer(VOCAB))
     model = build_model(recipe(tmp_path), tokenizer=words)
     assert len(words) == VOCAB + len(SPECIAL_TOKENS) - 1
@@ -138,15 +94,15 @@ def test_vocabulary_grows_by_the_audio_tokens_and_no_old_row_changes(tmp_path: P
 
 
 def test_padded_vocabulary_is_kept_where_the_tokenizer_fits_into_it(tmp_path: Path) -> None:
-    whisper(tmp_path / "whisper")
-    language_model(tmp_path / "lm", "qwen2", tied=False)
+    write_whisper(tmp_path / "whisper")
+    write_language_model(tmp_path / "lm", "qwen2", tied=False)
     model = build_model(recipe(tmp_path), tokenizer=add_special_tokens(tokenizer(VOCAB - 10)))
     assert len(model.lm_head.weight) == VOCAB
 
 
 def test_weights_of_an_assembled_model_are_resumed_without_its_parts(tmp_path: Path) -> None:
-    whisper(tmp_path / "whisper", bands=128)
-    language_model(tmp_path / "lm", "qwen3", tied=True)
+    write_whisper(tmp_path / "whisper", bands=128)
+    write_language_model(tmp_path / "lm", "qwen3", tied=True)
     words = add_special_tokens(tokenizer(VOCAB))
     model = build_model(recipe(tmp_path), tokenizer=words)
     again = build_model(ModelConfig(kind=ModelKind.assembled), str(_saved(model, tmp_path / "joint")))
@@ -155,7 +111,7 @@ def test_weights_of_an_assembled_model_are_resumed_without_its_parts(tmp_path: P
 
 
 def test_sliding_windows_are_refused(tmp_path: Path) -> None:
-    whisper(tmp_path / "whisper")
+    write_whisper(tmp_path / "whisper")
     config = Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "lm")
     with pytest.raises(ValueError, match="sliding-window layers"):

@@ -79,9 +79,10 @@ def test_stages_run_in_a_row_each_from_the_one_before(calls: Calls, tmp_path: Pa
     assert all(entry.trained and "train" in entry.wall_s for entry in entries.values())
 
 
-def test_the_tower_alone_is_handed_on_by_stage_zero(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, stages={"encoder": {}, "pretrain": {}})
-    assert f"model.audio_encoder={tmp_path}/encoder" in stage_overrides(recipe, "pretrain", "encoder")
+def test_a_stage_says_by_which_key_the_next_one_starts_from_it(tmp_path: Path) -> None:
+    for key in ("init_from", "model.audio_encoder"):
+        recipe = recipe_of(tmp_path, stages={"encoder": {"hands_on": key}, "pretrain": {}})
+        assert f"{key}={tmp_path}/encoder" in stage_overrides(recipe, "pretrain", "encoder")
 
 
 def test_finished_stages_are_not_run_again(calls: Calls, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from qwen2audio_train.data.order.state import DataStateError
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
 from qwen2audio_train.training.stages.run import fit
 from tests.launch.scripts import LAUNCH, ROOT
-from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train
+from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train, warm_up_recipe
 
 STEPS = ["trainer.max_steps=5", "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.save_total_limit=9"]
 LORA = ["adapter.kind=lora", "adapter.r=2", "adapter.dropout=0.3"]
@@ -91,8 +91,9 @@ def assert_same_end(whole: Path, resumed: Path, last: int = 5) -> None:
         (pairs_recipe, LORA, 3, []),
         (pairs_recipe, [], 3, []),
         (encoder_recipe, [], 3, []),
+        (warm_up_recipe, ["ctc.sampled_tokens=50"], 3, []),
     ],
-    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder"],
+    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "warm-up"],
 )
 def test_resumed_is_uninterrupted(
     make: Any, overrides: list[str], stop: int, changes: list[str], noise: Path, tmp_path: Path

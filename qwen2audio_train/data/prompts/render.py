@@ -58,13 +58,15 @@ Piece = Text | Clip
 
 @dataclass(frozen=True)
 class Rendered:
-    """A sample as pieces. `branches` are the answers of a preference example, chosen first or alone, all label."""
+    """A sample as pieces. `branches` are the answers of a preference example, chosen first or alone, all label;
+    `transcript` is what is said in its only clip, where that is the task."""
 
     id: str
     source: str
     task: str
     trunk: tuple[Piece, ...]
     branches: tuple[tuple[Text, ...], ...] = ()
+    transcript: str = ""
 
     @property
     def clips(self) -> tuple[Clip, ...]:
@@ -89,7 +91,8 @@ def render(
     """
     if isinstance(example, TaskExample):
         trunk = _task_pieces(example, prompt_style, seed, for_generation)
-        return Rendered(example.id, example.source, example.task, trunk)
+        transcript = example.target if example.task == "asr" else ""
+        return Rendered(example.id, example.source, example.task, trunk, transcript=transcript)
     if isinstance(example, PreferenceExample | UnpairedExample):
         trunk = (*_chat_pieces(example.prompt, labelled=()), Text(GENERATION_PROMPT, is_markup=True))
         answers = () if for_generation else _answers(example)

@@ -125,6 +125,11 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, num_samples
     )
 
 
+def transcript_ids(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Ids (t,) int64 of what is said, as plain text; none where that is not known."""
+    return np.array(text_encoder(tokenizer).encode([Text(rendered.transcript)]), dtype=np.int64)
+
+
 def count_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> TokenCount:
     """Lengths of a sample from the durations in the manifest, without opening its audio.
 

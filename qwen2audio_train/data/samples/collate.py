@@ -1,6 +1,7 @@
 """Samples end to end in one row: the packed batch that the model's forward takes.
 
-Shapes: N tokens, M targets, S segments, K keys, A encoder windows, F mel columns, n audio tokens; B pairs of T tokens.
+Shapes: N tokens, M targets, S segments, K keys, A encoder windows, F mel columns, n audio tokens, t tokens of
+transcripts; B pairs of T tokens.
 
 Two samples, an audio one [a a | b c] and a text one [d e], where c and e are learnt, give
 
@@ -43,6 +44,9 @@ def pack(
     `weight` of a target is `sample.weight` under "token", so that every label counts the same, and
     `sample.weight / number of the sample's targets` under "sample", so that every sample does. "task" is "sample" with
     `sample.weight` taken from `task_weights`, so that every task has the same total weight in expectation.
+
+    `transcript` (t,) holds the transcripts of the encoder windows end to end, `transcript_length` (A,) their lengths,
+    0 where a window has none.
     """
     rows = _Rows()
     for sample in samples:
@@ -58,6 +62,7 @@ def pack(
         "source_id": _int64(source_id),
         **rows.segments(),
         **_audio(samples, rows.starts, num_mel_bins),
+        **_transcripts(samples),
     }
 
 
@@ -205,6 +210,14 @@ def _audio(samples: Sequence[Sample], starts: Sequence[int], num_mel_bins: int) 
         "mel": torch.from_numpy(mel),
         "clip_frames": torch.tensor(frames, dtype=torch.int64),
         "audio_slot": _int64(np.concatenate([[], *slots])),
+    }
+
+
+def _transcripts(samples: Sequence[Sample]) -> Batch:
+    lengths = [len(sample.transcript) if index == 0 else 0 for sample in samples for index in range(len(sample.mels))]
+    return {
+        "transcript": _int64(np.concatenate([[], *(sample.transcript for sample in samples)])),
+        "transcript_length": torch.tensor(lengths, dtype=torch.int64),
     }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, load_aud
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Clip, Example
 from qwen2audio_train.data.prompts.render import Rendered
-from qwen2audio_train.data.prompts.tokenize import tokenize
+from qwen2audio_train.data.prompts.tokenize import tokenize, transcript_ids
 from qwen2audio_train.data.samples.recipe import remote_of, render_as
 from qwen2audio_train.data.storage.blobs import BlobError
 from qwen2audio_train.errors import ExampleError
@@ -37,6 +38,7 @@ class Sample:
         branches: (b,) int64 each, the answers of a preference, chosen first, or one alone; all of them are labels.
         mels: (num_mel_bins, mel_columns(L)) float32 each.
         clip_frames: L of every mel.
+        transcript: (t,) int64, what is said in its only encoder window; empty where that is not known.
         weight: factor on the weight of every label (`batch.pack` explains the weightings).
         decode_s: seconds that reading and decoding its audio took.
     """
@@ -50,6 +52,7 @@ class Sample:
     branches: tuple[np.ndarray, ...] = ()
     mels: tuple[np.ndarray, ...] = ()
     clip_frames: tuple[int, ...] = ()
+    transcript: np.ndarray = field(default_factory=partial(np.zeros, 0, dtype=np.int64))
     source_id: int = 0
     weight: float = 1.0
     decode_s: float = 0.0
@@ -135,6 +138,7 @@ def build_sample(
         branches=tokens.branches,
         mels=tuple(mel for mel, _ in features),
         clip_frames=tuple(frames for _, frames in features),
+        transcript=transcript_ids(rendered, tokenizer) if len(features) == 1 else np.zeros(0, dtype=np.int64),
         source_id=source_id,
         weight=weight,
     )

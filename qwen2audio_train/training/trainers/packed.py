@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -28,6 +29,7 @@ from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
+from qwen2audio_train.model.ctc import HEAD, HEAD_FILE
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints import optimizer_state
@@ -49,13 +51,14 @@ class RunFiles:
 
 @dataclass
 class StepCounts:
-    """Sums of one optimiser step over all ranks and micro-batches."""
+    """Sums of one optimiser step over all ranks and micro-batches; `spoken` are the tokens of transcripts."""
 
     weight: float = 0.0
     tokens: float = 0.0
     audio_s: float = 0.0
     labels: float = 0.0
     pairs: float = 0.0
+    spoken: float = 0.0
 
 
 @dataclass
@@ -115,7 +118,7 @@ class PackedTrainer(ResumedTrainer):
         started = time.perf_counter()
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         self.meter.waited_s += time.perf_counter() - started
-        counts = self._count(batches, device)
+        self.step = counts = self._count(batches, device)
         if counts.weight == 0 and self.state.global_step == 0:
             listed = Path(str(self.args.output_dir)) / "bad_examples.rank*.jsonl"
             raise TooManyBadExamples(f"no example of the first step could be used; {listed} says why")
@@ -131,6 +134,7 @@ class PackedTrainer(ResumedTrainer):
                 float(batch["clip_frames"].sum()) * FRAME_S,
                 float(batch["completion_mask"].sum() if "completion_mask" in batch else batch["target"].numel()),
                 float(batch["pair_weight"].sum()) if "pair_weight" in batch else 0.0,
+                float(len(batch["transcript"])) if "transcript" in batch else 0.0,
             )
             for batch in batches
         ]
@@ -144,6 +148,11 @@ class PackedTrainer(ResumedTrainer):
         moved = values.to(device or self.args.device)
         dist.all_reduce(moved)
         return moved.cpu()
+
+    def other_tokens(self, count: int) -> Tensor | None:
+        """Tokens that stand for the whole vocabulary when this step reads audio embeddings, on every rank alike."""
+        head = unwrap(self.model).ctc_head
+        return None if head is None else head.draw(count, self.args.seed * 2**32 + self.state.global_step)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate assumes dense rows; the cost model counts what a packed step really does."""
@@ -210,15 +219,25 @@ class PackedTrainer(ResumedTrainer):
             self._save_checkpoint(self.model, None)
 
     def _save_weights(self, partial: Path) -> None:
+        state = self._weights()
+        if self.args.should_save:
+            folder = partial / (folders.ADAPTER_FOLDER if is_peft_model(self.model) else folders.MODEL_FOLDER)
+            (self.model if is_peft_model(self.model) else unwrap(self.model)).save_pretrained(folder, state_dict=state)
+            self.files.save_processor(folder)
+            if unwrap(self.model).ctc_head is not None:
+                own = state or self.model.state_dict()
+                save_file({name: own[name].contiguous() for name in own if name.startswith(HEAD)}, partial / HEAD_FILE)
+
+    def _weights(self) -> dict[str, Tensor] | None:
+        """Copies that the saving rank writes; None: the weights as they are.
+
+        An engine's are views of a flat buffer, or cut up.
+        """
+        if not self.is_deepspeed_enabled:
+            return None
         adapter = is_peft_model(self.model)
         saved = self.model if adapter else unwrap(self.model)
-        # An engine's weights are views of a flat buffer, or cut up: the saving rank takes copies.
-        engine = self.is_deepspeed_enabled
-        state = whole_state(saved, self.args.should_save, trained_only=adapter) if engine else None
-        if self.args.should_save:
-            folder = partial / (folders.ADAPTER_FOLDER if adapter else folders.MODEL_FOLDER)
-            saved.save_pretrained(folder, state_dict=state)
-            self.files.save_processor(folder)
+        return whole_state(saved, self.args.should_save, trained_only=adapter)
 
     def _save_training_state(self, partial: Path) -> None:
         (partial / "rng").mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen2audio_train.model.adapters import adapter_names
+from qwen2audio_train.model.ctc import HEAD_FILE
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints import optimizer_state
 from qwen2audio_train.training.checkpoints.restore import SavedWeights, published_to_module, restore_weights
@@ -91,8 +92,8 @@ class ResumedTrainer(Trainer):
             own = adapter_names(self.model)
             return SavedWeights(files, lambda name: own.get(name, name))
         names = {name for name, _ in self.model.named_parameters()}
-        files = (folder / folders.MODEL_FOLDER).glob("*.safetensors")
-        return SavedWeights(files, lambda name: published_to_module(name, names))
+        own_files = [*(folder / folders.MODEL_FOLDER).glob("*.safetensors"), *folder.glob(HEAD_FILE)]
+        return SavedWeights(own_files, lambda name: published_to_module(name, names))
 
 
 def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:

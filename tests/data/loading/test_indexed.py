@@ -60,6 +60,8 @@ def test_batches_hold_tensors_alone_of_the_contract(config: DataConfig, tokenize
             "mel",
             "clip_frames",
             "audio_slot",
+            "transcript",
+            "transcript_length",
         }
         assert all(isinstance(value, torch.Tensor) for value in batch.values())
 

@@ -39,7 +39,7 @@ def make_sample(
     )
 
 
-AUDIO = make_sample([9, 9, 5, 6], labelled=[3], frames=(6,), slots=[0, 1])
+AUDIO = replace(make_sample([9, 9, 5, 6], labelled=[3], frames=(6,), slots=[0, 1]), transcript=np.array([6, 6]))
 TEXT = make_sample([7, 8], labelled=[1], source_id=1)
 TREE = make_sample([1, 2], [], branches=([3, 4], [5]))
 
@@ -61,6 +61,8 @@ def test_literal_batch() -> None:
         "cu_k": [0, 4, 6],
         "clip_frames": [6],
         "audio_slot": [0, 1],
+        "transcript": [6, 6],
+        "transcript_length": [2],
     }
     assert batch["mel"].shape == (128, mel_columns(6))
     kinds = {key: value.dtype for key, value in batch.items()}
@@ -82,6 +84,8 @@ def test_literal_tree() -> None:
         "key_index": [0, 1, 0, 1, 2, 3, 0, 1, 4],
         "clip_frames": [],
         "audio_slot": [],
+        "transcript": [],
+        "transcript_length": [],
     }
 
 
@@ -161,6 +165,8 @@ def test_fillers() -> None:
         "mel": (128, 0),
         "clip_frames": (0,),
         "audio_slot": (0,),
+        "transcript": (0,),
+        "transcript_length": (0,),
     }
     assert all(filler[key].dtype == value.dtype for key, value in pack([AUDIO]).items())
     dummy = pack_preference([])
