@@ -28,7 +28,7 @@ TOWERS = (
     (*GROUND, *MODEL),
     (*GROUND, "selfmade"),
     (*GROUND, "cli"),
-    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", *TRAINING, "cli", "launch"),
+    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", "parts", *TRAINING, "cli", "launch"),
 )
 """Rooms from the ground up. A room imports only what stands below it in each tower that it stands in: so `data` and
 `model` know nothing of each other, and `selfmade` knows `layout` and `config` alone."""
