@@ -44,7 +44,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioFo
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, Reference
+from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import MAX_FRAMES, NUM_MEL_BINS, mel_columns, num_audio_tokens

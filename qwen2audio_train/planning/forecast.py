@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from qwen2audio_train.config.bounds import at_least
-from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, Objective, Reference, Stage, StageConfig
+from qwen2audio_train.config.preference import Objective, Reference
+from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, Stage, StageConfig
 from qwen2audio_train.evaluation.scoring.table import aligned
 from qwen2audio_train.model.build import architecture_config
 from qwen2audio_train.planning.cost import (

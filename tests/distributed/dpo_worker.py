@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, Reference
+from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.packed import PackedQwen2Audio

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from qwen2audio_train.config.schema import Reference
+from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import MAX_FRAMES, mel_columns, num_audio_tokens

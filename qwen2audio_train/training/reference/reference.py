@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from qwen2audio_train.config.schema import ConfigError, Reference
+from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.reference.cache import ReferenceCache, ReferenceCacheError, weights_digest
 
 POLICY_ADAPTER = "default"

@@ -11,14 +11,8 @@ from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
 from qwen2audio_train.config.combinations import ADAMW_BF16
-from qwen2audio_train.config.schema import (
-    CheckpointingPolicy,
-    ConfigError,
-    DeepSpeedConfig,
-    Objective,
-    Stage,
-    StageConfig,
-)
+from qwen2audio_train.config.preference import Objective
+from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, DeepSpeedConfig, Stage, StageConfig
 from qwen2audio_train.model.encoder_cache import check_encoder_cache
 from qwen2audio_train.training.stages.argument_rules import DEFAULT_MAX_STEPS, DEFAULT_SCHEDULE
 from qwen2audio_train.training.stages.argument_table import check_trainer_keys

@@ -15,7 +15,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from qwen2audio_train.config.schema import ConfigError, Objective, PreferenceConfig, Reference, StageConfig
+from qwen2audio_train.config.preference import Objective, PreferenceConfig, Reference
+from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.loading.build import eval_batches

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from qwen2audio_train.config.schema import ConfigError, Reference
+from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.reference.cache import ReferenceCache, ReferenceCacheError
 from qwen2audio_train.training.reference.reference import check_stored, resolve_reference
 from qwen2audio_train.training.trainers.preference import PreferenceTrainer, without_own_keys

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from trl import KTOTrainer
 
-from qwen2audio_train.config.schema import Reference
+from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.training.reference.reference import resolve_reference
 from qwen2audio_train.training.trainers.preference import PreferenceTrainer
 

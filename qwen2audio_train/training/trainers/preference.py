@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
-from qwen2audio_train.config.schema import Reference
+from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.training.reference.reference import (
     REFERENCE_ADAPTER,
     adapter_left_as_it_is,

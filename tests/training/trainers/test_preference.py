@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, Reference
+from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.packed import PackedQwen2Audio
