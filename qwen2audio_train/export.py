@@ -71,6 +71,8 @@ def stock_texts(
 ) -> list[str]:
     """Greedy answers of an exported model by the stock classes alone, one example at a time.
 
+    They end where the generation config beside the weights says.
+
     Args:
         base: for an exported adapter, the weights that it goes on.
     """
@@ -79,8 +81,7 @@ def stock_texts(
     if base is not None:
         model = load_adapter(model, str(folder), trainable=False)
     model.eval()
-    generation = generation_config(processor.tokenizer)
-    generation.update(max_new_tokens=decoding.max_new_tokens, min_new_tokens=decoding.min_new_tokens)
+    greedy = {"do_sample": False, "max_new_tokens": decoding.max_new_tokens, "min_new_tokens": decoding.min_new_tokens}
     texts = []
     for example in examples:
         rendered = render_as(recipe, example, for_generation=True)
@@ -88,7 +89,7 @@ def stock_texts(
         inputs = processor(
             text=rendered_text(rendered), audio=waveforms or None, sampling_rate=SAMPLING_RATE, return_tensors="pt"
         )
-        ids = model.generate(**inputs, generation_config=generation)
+        ids = model.generate(**inputs, **greedy)
         answer = ids[0, inputs["input_ids"].size(1) :]
         texts.append(processor.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,9 +14,11 @@ from typing import Any, get_origin
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import qwen2audio_train
@@ -28,6 +31,9 @@ from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Schema, St
 
 SWEEP = {"-m", "--multirun"}
 """Options of Hydra's with which a comma in a value separates runs."""
+
+LONGEST_NAME = 120
+"""Characters of a job's overrides in the name of a folder; file systems allow 255 bytes in all."""
 
 STAGE_KEYS = {field.name for field in fields(StageConfig)} - {field.name for field in fields(RecipeConfig)}
 
@@ -54,6 +60,8 @@ def launch(main: Callable[[Schema], None], root: str, schema: type[Schema]) -> N
     @hydra.main(version_base=None, config_path=str(RECIPES), config_name=root)
     def composed(raw: DictConfig) -> None:
         with door():  # Hydra would say of an error that goes through it which overrides it saw
+            if schema is StageConfig and "run_dir" in raw:
+                raw.run_dir = own_folder(raw.run_dir, HydraConfig.get())
             config = load_config(raw, schema)
             if isinstance(config, StageConfig) and config.stage != root:
                 raise ConfigError(f"stage={config.stage}: this script runs {root}; start launch/{config.stage}.py")
@@ -62,6 +70,19 @@ def launch(main: Callable[[Schema], None], root: str, schema: type[Schema]) -> N
     with door():
         sys.argv[1:] = [as_argument(argument, before, schema) for before, argument in pairwise(sys.argv)]
         composed()
+
+
+def own_folder(run_dir: str, hydra_config: Any) -> str:
+    """The run folder, another one for an ablation and for every job of a sweep (`-m`), unless the command names one."""
+    overrides = [override.lstrip("+") for override in hydra_config.overrides.task]
+    if any(override.startswith("run_dir=") for override in overrides):
+        return run_dir
+    ablation = hydra_config.runtime.choices.get("ablation")
+    names = [ablation] if ablation else []
+    if hydra_config.mode is RunMode.MULTIRUN:
+        job = ",".join(re.sub(r"[^\w.=-]", "_", text) for text in overrides if not text.startswith("ablation="))
+        names += [job if len(job) < LONGEST_NAME else f"job{hydra_config.job.num}"] if job else []
+    return "-".join([run_dir, *names])
 
 
 def compose(root: str, overrides: Sequence[str], schema: type[Schema]) -> Schema:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from peft import (
     LoraConfig,
@@ -10,9 +13,10 @@ from peft import (
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
+from safetensors import safe_open
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ConfigError
-from qwen2audio_train.model.freeze import PARTS
+from qwen2audio_train.model.freeze import PARTS, part_of
 from qwen2audio_train.model.packed import PackedQwen2Audio
 
 TARGETS = {
@@ -67,19 +71,34 @@ def check_same_adapter(cfg: AdapterConfig, folder: str) -> None:
     Raises:
         ConfigError: naming the first key that differs.
     """
-    saved, asked = LoraConfig.from_pretrained(folder), lora_config(cfg)
-    for key, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_dora", "use_dora"), ("use_rslora", "use_rslora")):
-        found, expected = getattr(saved, theirs), getattr(asked, theirs)
+    saved: Any = LoraConfig.from_pretrained(folder)
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if part_of(name)]  # noqa: SIM118
+    there = {
+        "r": saved.r,
+        "alpha": saved.lora_alpha,
+        "use_dora": saved.use_dora,
+        "use_rslora": saved.use_rslora,
+        "modules": sorted({part_of(name) for name in names if ".lora_" in name}),
+        "modules_to_save": sorted({part_of(name) for name in names if ".lora_" not in name}),
+    }
+    for key, found in there.items():
+        given = getattr(cfg, key)
+        expected = sorted(given) if isinstance(given, list) else given
         if found != expected:
+            shown = str(found).replace("'", "").replace(" ", "")
             raise ConfigError(
-                f"adapter.{key}={expected}, and the adapter in {folder} has {key}={found}: set adapter.{key}={found} "
+                f"adapter.{key}={expected}, and the adapter in {folder} has {key}={shown}: set adapter.{key}={shown} "
                 "to train it on, or merge it first (launch/export.py) to start a new one"
             )
 
 
-def load_adapter(model: PackedQwen2Audio, folder: str, *, trainable: bool) -> PeftModel:
-    """`model` with the adapter that is saved in `folder`."""
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+def load_adapter(model: PackedQwen2Audio, folder: str, *, trainable: bool, dropout: float | None = None) -> PeftModel:
+    """`model` with the adapter that is saved in `folder`, and its dropout unless another is given."""
+    config: Any = LoraConfig.from_pretrained(folder)
+    if dropout is not None:
+        config.lora_dropout = dropout
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
 
 
 def adapter_names(model: PeftModel) -> dict[str, str]:

@@ -9,8 +9,10 @@ model. A preference batch has B pairs in rows of T tokens besides.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -272,6 +274,17 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         self.config.architectures = [STOCK_ARCHITECTURE]
         if is_main_process:
             self.config.save_pretrained(save_directory)
+            self._say_whether_tied(Path(save_directory) / "config.json")
+
+    def _say_whether_tied(self, file: Path) -> None:
+        """Write `tie_word_embeddings` at both levels, also where it is this version's default, which is left out.
+
+        transformers 5.10 took true for the default above, and served models wrote `<|audio_bos|>` alone.
+        """
+        values = json.loads(file.read_text())
+        tied = self.lm_head.weight is self.get_input_embeddings().weight
+        values["tie_word_embeddings"] = values["text_config"]["tie_word_embeddings"] = tied
+        file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _lengths(clip_frames: Tensor) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 
-from qwen2audio_train.cli.compose import given, readable
+from qwen2audio_train.cli.compose import given, own_folder, readable
 from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.data.tools.convert import ConvertOptions
 from tests.launch.scripts import composed
@@ -39,3 +41,23 @@ def test_the_hint_is_a_value_that_is_taken() -> None:
         readable("data.sources.a.path=[my (1).jsonl]", StageConfig)
     config = composed("pretrain", 'data.sources.a.path=["my (1).jsonl"]')
     assert config.data.sources["a"].path == ["my (1).jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ablation", "mode", "expected"),
+    [
+        ([], None, RunMode.RUN, "runs/sft"),
+        (["ablation=loss_per_sample"], "loss_per_sample", RunMode.RUN, "runs/sft-loss_per_sample"),
+        (["++run_dir=here", "ablation=loss_per_sample"], "loss_per_sample", RunMode.RUN, "runs/sft"),
+        (["++trainer.learning_rate=1e-4"], None, RunMode.MULTIRUN, "runs/sft-trainer.learning_rate=1e-4"),
+        (["++data.cache_dir='" + "x" * 200 + "'"], None, RunMode.MULTIRUN, "runs/sft-job3"),
+    ],
+)
+def test_ablations_and_jobs_of_a_sweep_have_folders_of_their_own(
+    overrides: list[str], ablation: str | None, mode: RunMode, expected: str
+) -> None:
+    names = SimpleNamespace
+    told = names(task=overrides)
+    choices = {"ablation": ablation}
+    hydra_config = names(overrides=told, runtime=names(choices=choices), mode=mode, job=names(num=3))
+    assert own_folder("runs/sft", hydra_config) == expected

@@ -83,7 +83,7 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
     predicted, and the answer. Chosen rows come first; a sample with several rejected answers gives as many pairs, which
     share the chosen branch. `scatter` (2B, T) says where in N a row's token stands, -1 for padding.
     No samples at all give a filler: one dummy pair with `pair_weight` 0. `pair_key` (B, 2) int64 names
-    a pair by a hash of its id, prompt and answers, for stored reference log-probabilities.
+    a pair by a hash of its id, prompt, answers and spectrograms, for stored reference log-probabilities.
 
     With an unpaired sample among them all R answers are rows by themselves: `label` (R,) bool, the desirable ones
     first, and `pair_weight` (R,).
@@ -230,11 +230,13 @@ def _borders(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _pair_key(sample: Sample, rejected: np.ndarray) -> np.ndarray:
-    """128 bits over what a pair's log-probabilities depend on: id, prompt, lengths of the clips and both answers."""
+    """128 bits over what a pair's log-probabilities depend on: id, prompt, both answers, and what is heard."""
     clips = np.array(sample.clip_frames, dtype=np.int64)
     digest = hashlib.blake2b(sample.id.encode(), digest_size=16)
     for ids in (sample.input_ids, clips, sample.branches[0], rejected):
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
+    for mel in sample.mels:
+        digest.update(np.ascontiguousarray(mel).tobytes())
     return np.frombuffer(digest.digest(), "<i8").astype(np.int64)
 
 

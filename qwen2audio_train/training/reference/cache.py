@@ -5,9 +5,9 @@ may share it over any file system. A part is a JSON header line followed by reco
 
     pair key 2 x int64 | log-probability of the chosen, of the rejected answer 2 x float32 | CRC-32 of the rest
 
-The pair key is a hash of the example's id and of its rendered prompt and answers; the reference (its weights and
-what else changes the figures) is in the header. A part of another reference is refused, a damaged record is left
-out.
+The pair key is a hash of the example's id, its rendered prompt and answers, and its spectrograms; the reference (its
+weights and what else changes the figures) is in the header. A part of another reference is refused, a damaged record
+is left out.
 """
 
 from __future__ import annotations

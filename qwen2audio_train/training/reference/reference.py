@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.training.checkpoints.restore import whole
 from qwen2audio_train.training.reference.cache import ReferenceCache, ReferenceCacheError, weights_digest
 
 POLICY_ADAPTER = "default"
@@ -58,9 +59,13 @@ def trained_outside_adapter(model: nn.Module) -> list[str]:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Whether the adapter of a PEFT model changes nothing yet: every second factor is zero."""
+    """Whether the adapter of a PEFT model changes nothing yet: every second factor is zero.
+
+    Under ZeRO-3 every rank has to call this.
+    """
     seconds = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
-    return bool(seconds) and not any(bool(p.detach().any()) for p in seconds)
+    with whole(seconds):
+        return bool(seconds) and not any(bool(p.detach().any()) for p in seconds)
 
 
 @contextmanager
@@ -95,28 +100,18 @@ def check_stored(stored: Tensor, recomputed: Tensor, real: Tensor, dtype: torch.
 
 
 def reference_digest(model: nn.Module) -> str:
-    """SHA-256 of the weights of a reference: the model without the policy's adapter.
+    """SHA-256 of the weights of a reference: a policy before its first step.
 
-    Names are those of the bare model, so that it does not matter whether an adapter was put around it. Under ZeRO-3
-    every rank has to call this.
+    Names are those of the bare model, so that it does not matter whether a fresh adapter, which changes nothing, was
+    put around it; an adapter that is trained on counts. Under ZeRO-3 every rank has to call this.
     """
-    return weights_digest(_bare_parameters(model), _whole)
+    return weights_digest(_parameters(model, without_adapter=is_fresh(model)), lambda parameter: whole([parameter]))
 
 
-def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _parameters(model: nn.Module, *, without_adapter: bool) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        if f".{POLICY_ADAPTER}" not in name:
+        if not (without_adapter and f".{POLICY_ADAPTER}" in name) and f".{REFERENCE_ADAPTER}." not in name:
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter
-
-
-def _whole(parameter: Tensor) -> AbstractContextManager[None]:
-    """The parameter with all its elements for the time of the context, also where ZeRO-3 has cut it up."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
-    return gathered
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
         trains_adapter = config.adapter.kind is not AdapterKind.none
         if trains_adapter:
             check_same_adapter(config.adapter, start)
-        adapted = load_adapter(model, start, trainable=trains_adapter)
+        adapted = load_adapter(model, start, trainable=trains_adapter, dropout=config.adapter.dropout)
         if not trains_adapter:
             adapted = merge_adapter(adapted)
             set_trainable(adapted, config.model.freeze)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -232,9 +233,18 @@ def test_pair_keys_tell_pairs_apart_and_nothing_else() -> None:
     assert len({tuple(key) for key in both.tolist()}) == 4
 
 
-def test_digest_is_that_of_the_bare_model() -> None:
+def test_a_pair_with_other_audio_has_another_key() -> None:
+    sample = random_pair(np.random.default_rng(0), (30,), name="a")
+    louder = dataclasses.replace(sample, mels=(sample.mels[0] + 1e-3,))
+    keys = [pack_preference([one], BANDS)["pair_key"] for one in (sample, louder)]
+    assert not torch.equal(*keys)
+
+
+def test_the_digest_is_that_of_the_policy_as_it_starts() -> None:
+    """A fresh adapter changes nothing; one that is trained on is part of the reference."""
     digest = reference_digest(policy(0))
-    assert digest == reference_digest(lora(0, trained=True))
+    assert digest == reference_digest(lora(0))
+    assert digest != reference_digest(lora(0, trained=True))
     assert digest != reference_digest(policy(1))
 
 
