@@ -18,6 +18,8 @@ def clip_length(clip: Clip, data: bytes | None = None) -> float:
     """
     if clip.duration_s is not None:
         return clip.duration_s
+    if clip.end_s is not None:
+        return clip.end_s - clip.start_s
     whole = probe(clip.path, data).duration_s
     if whole - clip.start_s < MIN_DURATION_S:
         reason = f"is {whole:.3f} s long: from {clip.start_s:g} s on no clip of at least {MIN_DURATION_S:g} s is left"
