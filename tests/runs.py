@@ -14,6 +14,7 @@ from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.training.stages.arguments import training_arguments
 from qwen2audio_train.training.stages.batches import training_batches
 from qwen2audio_train.training.stages.encoder import build_listener, encoder_tokenizer, encoder_trainer
+from qwen2audio_train.training.stages.grpo import grpo_trainer
 from qwen2audio_train.training.stages.language_model import language_modelling_trainer
 from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.preference import preference_trainer
@@ -90,6 +91,13 @@ def warm_up_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
     return encoder_recipe(corpus, run_dir, "model.kind=assembled", *parts, *frozen, *overrides)
 
 
+def grpo_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
+    """The same for prompts that are answered: two in a forward, four answers of at most five tokens each."""
+    own = ["stage=grpo", "data.samples_per_pack=2", "grpo.num_generations=4", "grpo.max_completion_length=5"]
+    rewards = f"grpo.rewards={{'{Path(__file__).parent / 'rewards.py'}:short': 1.0}}"
+    return recipe(corpus, run_dir, *own, rewards, *overrides, sources=["speech"])
+
+
 def build_trainer(config: StageConfig) -> PackedTrainer:
     """The trainer of a recipe, built as the launch scripts build it."""
     arguments = training_arguments(config)
@@ -101,7 +109,8 @@ def build_trainer(config: StageConfig) -> PackedTrainer:
     tokenizer = build_tokenizer(config)
     model = build_policy(config, tokenizer)
     batches = training_batches(config, tokenizer)
-    make = preference_trainer if config.stage == "dpo" else language_modelling_trainer
+    makers: dict[str, Any] = {"dpo": preference_trainer, "grpo": grpo_trainer}
+    make = makers.get(config.stage, language_modelling_trainer)
     return make(config, arguments, model, tokenizer, batches)
 
 

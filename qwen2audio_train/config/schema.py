@@ -21,6 +21,7 @@ from qwen2audio_train.config.combinations import refusal
 from qwen2audio_train.config.ctc import CtcConfig
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
 from qwen2audio_train.config.preference import PreferenceConfig
+from qwen2audio_train.config.reinforcement import GrpoConfig
 from qwen2audio_train.errors import UserError
 
 
@@ -33,6 +34,7 @@ class Stage(StrEnum):
     pretrain = "pretrain"
     sft = "sft"
     dpo = "dpo"
+    grpo = "grpo"
 
 
 class ModelKind(StrEnum):
@@ -197,6 +199,7 @@ class StageConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     ctc: CtcConfig = field(default_factory=CtcConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
 
 @dataclass

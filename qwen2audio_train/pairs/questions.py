@@ -27,6 +27,7 @@ class Question:
         task, language: of the task form, or from a chat's `meta`; the language is the answer's.
         description: what is in the audio, in words, for a judge that cannot hear it (`meta.description` or
             `meta.said`).
+        choices: options of a closed question (`meta.choices`).
     """
 
     id: str
@@ -36,6 +37,7 @@ class Question:
     language: str | None
     source: str
     description: str | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def clips(self) -> tuple[Clip, ...]:
@@ -89,7 +91,8 @@ def _question(example: Example, prompt_seed: int) -> Question:
         prompt, reference = _prompt_and_answer(example)
         task = example.meta.get("task")
         language = example.meta.get("text_language") or example.meta.get("language")
-    return Question(example.id, prompt, reference, task, language, example.source, _description(example))
+    choices = tuple(map(str, example.meta.get("choices", ())))
+    return Question(example.id, prompt, reference, task, language, example.source, _description(example), choices)
 
 
 def _prompt_and_answer(

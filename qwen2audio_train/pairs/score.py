@@ -3,6 +3,8 @@
 error_rate  1 - word error rate (character error rate where words are not spaced), at least 0
 bleu        sentence BLEU / 100
 exact       1 if the answer is the reference after normalisation, else 0
+choice      1 if the answer names the right one of the options (`meta.choices`) and no other, else 0
+format      1 if the answer is one of the options and nothing more, else 0
 auto        one of these by the question's task, as evaluation has it
 """
 
@@ -19,7 +21,7 @@ from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.judging.client import Client
 from qwen2audio_train.evaluation.judging.judge import TEMPLATE, Judged, Verdict, judge_answers
 from qwen2audio_train.evaluation.scoring.items import OPEN_TASKS, TASK_METRICS
-from qwen2audio_train.evaluation.scoring.metrics import bleu, edit_counts, is_right
+from qwen2audio_train.evaluation.scoring.metrics import bleu, chosen_option, edit_counts, is_right
 from qwen2audio_train.pairs.questions import Question
 
 Answered = Sequence[tuple[Question, Sequence[str]]]
@@ -66,10 +68,24 @@ def auto_score(question: Question, answers: Sequence[str]) -> list[float]:
     return SCORERS[metric](question, answers)
 
 
+def choice_score(question: Question, answers: Sequence[str]) -> list[float]:
+    """1 where an answer names the right option and no other (`meta.choices`), else 0."""
+    options = _options(question)
+    return [float(chosen_option(answer, options) == _reference(question)) for answer in answers]
+
+
+def format_score(question: Question, answers: Sequence[str]) -> list[float]:
+    """1 where an answer is one of the options, word for word and nothing more, else 0."""
+    options = {option.strip() for option in _options(question)}
+    return [float(answer.strip() in options) for answer in answers]
+
+
 SCORERS: dict[str, QuestionScorer] = {
     "error_rate": error_rate_score,
     "bleu": bleu_score,
     "exact": exact_score,
+    "choice": choice_score,
+    "format": format_score,
     "auto": auto_score,
 }
 
@@ -139,6 +155,12 @@ def _load_function(path: Path, name: str) -> Callable[[Question, str], Any]:
     if not callable(function):
         raise ScoreError(f"score={path}:{name}: {path} has no function {name}")
     return function
+
+
+def _options(question: Question) -> tuple[str, ...]:
+    if not question.choices:
+        raise ScoreError(f'question "{question.id}": no options to choose from; give meta.choices, or another score')
+    return question.choices
 
 
 def _reference(question: Question) -> str:

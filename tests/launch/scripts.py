@@ -19,6 +19,7 @@ SCHEMAS: dict[str, Any] = {
     "pretrain": StageConfig,
     "sft": StageConfig,
     "dpo": StageConfig,
+    "grpo": StageConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "recipe": RecipeConfig,

@@ -36,12 +36,14 @@ def build_batches(
     epochs: int | None = None,
     num_mel_bins: int = NUM_MEL_BINS,
     bad_examples_path: Path | None = None,
+    for_generation: bool = False,
 ) -> BatchLoader[Any]:
     """Training batches of `data.sources` for one rank; preference examples become batches of pairs.
 
     Args:
         epochs: passes over the mixture; None = without end. Streaming sources have no end.
         bad_examples_path: where this rank lists the examples that could not be used.
+        for_generation: batches of prompts (`samples.collate.unpacked`) instead of packed ones.
 
     Raises:
         ConfigError: no sources, weights that make no mixture, sources that do not go together.
@@ -50,7 +52,7 @@ def build_batches(
     """
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
-    maker = maker_of(data, tokenizer, num_mel_bins)
+    maker = maker_of(data, tokenizer, num_mel_bins, for_generation=for_generation)
     quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share, shown=rank == 0)
     streaming = [name for name, source in data.sources.items() if source.streaming]
     if streaming:
@@ -89,6 +91,7 @@ def eval_batches(
     world_size: int = 1,
     num_mel_bins: int = NUM_MEL_BINS,
     bad_examples_path: Path | None = None,
+    for_generation: bool = False,
 ) -> BatchLoader[Any]:
     """Batches over `data.eval_sources`, every example once and in the manifests' order before packing.
 
@@ -116,6 +119,7 @@ def eval_batches(
         epochs=1,
         num_mel_bins=num_mel_bins,
         bad_examples_path=bad_examples_path,
+        for_generation=for_generation,
     )
 
 
@@ -201,5 +205,5 @@ def _dataset(
     is_preference = are_preferences({name: tuple(index.task_counts) for name, index in indexes.items()})
     if data.loss_weighting is LossWeighting.task:
         maker = dataclasses.replace(maker, task_weights=task_weights(shares))
-    collate = collator_of(data, num_mel_bins, is_preference)
+    collate = collator_of(data, num_mel_bins, is_preference, maker.for_generation)
     return PackDataset(tuple(indexes), tuple(indexes.values()), maker.make, collate)

@@ -75,7 +75,7 @@ def build_streams(
     return StreamLoader(
         streams,
         partial(_make, maker),
-        collator_of(data, num_mel_bins, is_preference=are_preferences(tasks)),
+        collator_of(data, num_mel_bins, are_preferences(tasks), maker.for_generation),
         inputs,
         tasks,
         quarantine,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,11 @@ def pack(
         **_audio(samples, rows.starts, num_mel_bins),
         **_transcripts(samples),
     }
+
+
+def unpacked(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The samples as they are, under `prompts`: prompts that are packed once they have been answered."""
+    return {"prompts": list(samples)}
 
 
 def task_weights(shares: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from qwen2audio_train.data.audio.length import clip_length
 from qwen2audio_train.data.examples import Clip, Example, TaskExample
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.prompts.tokenize import count_tokens
-from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference
+from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference, unpacked
 from qwen2audio_train.data.samples.recipe import plain, recipe_of, render_as
 from qwen2audio_train.data.samples.sample import Sample, clip_bytes, materialise
 from qwen2audio_train.errors import ExampleError
@@ -35,6 +35,7 @@ class Maker:
     Args:
         max_tokens: longer samples are refused, as a pack would not take them.
         task_weights: factor on the weight of a sample by its task.
+        for_generation: make prompts that are to be answered, each with its example, instead of what is learnt.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,17 +43,19 @@ class Maker:
     max_tokens: int | None = None
     task_weights: Mapping[str, float] = field(default_factory=dict)
     augmenter: Augmenter | None = None
+    for_generation: bool = False
 
     @property
     def measure_key(self) -> str:
         """Names everything that `measure` depends on."""
         text = self.tokenizer.backend_tokenizer.to_str()
         tokenizer = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS)])
+        what = ["prompts"] if self.for_generation else []
+        return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS), *what])
 
     def measure(self, example: Example, contents: Sequence[bytes | None] | None = None) -> Measured:
         """See `measure`."""
-        return measure(example, self.tokenizer, self.recipe, contents=contents)
+        return measure(example, self.tokenizer, self.recipe, contents=contents, for_generation=self.for_generation)
 
     def make(
         self, example: Example, source: int, number: int, contents: Sequence[bytes | None] | None = None
@@ -69,7 +72,10 @@ class Maker:
             audio_bytes=contents,
             augment_waveform=augment[0],
             augment_mel=augment[1],
+            for_generation=self.for_generation,
         )
+        if self.for_generation:
+            sample = dataclasses.replace(sample, example=example)
         if self.max_tokens is not None and sample.num_tokens > self.max_tokens:
             raise ExampleError(
                 f'example "{sample.id}": {sample.num_tokens} tokens ({len(sample.audio_slot)} of them audio) are '
@@ -123,17 +129,24 @@ def is_long(duration_s: float) -> bool:
     return num_frames(num_samples_of(duration_s)) > MAX_FRAMES
 
 
-def maker_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase, num_mel_bins: int) -> Maker:
-    """How the recipe wants examples to be made into samples."""
+def maker_of(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, num_mel_bins: int, *, for_generation: bool = False
+) -> Maker:
+    """How the recipe wants examples to be made into samples, or into prompts to be answered."""
     augmenter = augmenter_of(data.augment, data.seed)
     limit = min(data.max_tokens_per_example or data.tokens_per_pack, data.tokens_per_pack)
     slowest = min(1.0, *data.augment.speed_factors) if data.augment.speed else 1.0
     recipe = recipe_of(data, num_mel_bins)
-    return Maker(tokenizer, recipe, math.ceil(limit / slowest), augmenter=augmenter)
+    longest = math.ceil(limit / slowest)
+    return Maker(tokenizer, recipe, longest, augmenter=augmenter, for_generation=for_generation)
 
 
-def collator_of(data: DataConfig, num_mel_bins: int, is_preference: bool) -> Callable[[Sequence[Sample]], Batch]:
-    """What lays the samples of a batch end to end."""
+def collator_of(
+    data: DataConfig, num_mel_bins: int, is_preference: bool, for_generation: bool = False
+) -> Callable[[Sequence[Sample]], Batch]:
+    """What lays the samples of a batch end to end, or hands prompts on as they are."""
+    if for_generation:
+        return unpacked
     if is_preference:
         return partial(pack_preference, num_mel_bins=num_mel_bins)
     return partial(pack, loss_weighting=data.loss_weighting, num_mel_bins=num_mel_bins)

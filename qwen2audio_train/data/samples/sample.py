@@ -41,6 +41,7 @@ class Sample:
         transcript: (t,) int64, what is said in its only encoder window; empty where that is not known.
         weight: factor on the weight of every label (`batch.pack` explains the weightings).
         decode_s: seconds that reading and decoding its audio took.
+        example: what it was made of, where answers to it are to be scored.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Sample:
     source_id: int = 0
     weight: float = 1.0
     decode_s: float = 0.0
+    example: Example | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -144,6 +144,39 @@ def _generate(
 
 
 @torch.no_grad()
+def sample_tokens(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], decoding: Decoding
+) -> list[list[list[int]]]:
+    """Token ids of `num_return_sequences` sampled answers to every prompt of this rank, with the stop token that ended.
+
+    An answer without one is `max_new_tokens` long. Ranks answer prompts of their own; under ZeRO-3 all of them call
+    this together, equally often, with any number of prompts.
+    """
+    inner, synced = unwrap(model), is_sharded(model)
+    training = inner.training
+    inner.eval()
+    batches = _fill_batches(range(len(samples)), [len(s.input_ids) for s in samples], decoding)
+    rows: list[list[list[int]]] = []
+    copies = decoding.num_return_sequences
+    for batch in [*batches, *([[]] * (_most(len(batches)) - len(batches) if synced else 0))]:
+        asked = [samples[index] for index in batch] or [_FILLER]
+        uniforms = _uniforms(asked, decoding) if decoding.temperature > 0 else None
+        found = _decode_rows(
+            inner, *embed_prompts(inner, asked), stop_ids(tokenizer), decoding, uniforms, synced, keep_stop=True
+        )
+        rows += [found[start : start + copies] for start in range(0, len(found), copies)] if batch else []
+    inner.train(training)
+    return rows
+
+
+def _most(count: int) -> int:
+    """The largest `count` of all ranks."""
+    found = torch.tensor(count)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+@torch.no_grad()
 def _decode_batch(
     model: PackedQwen2Audio,
     tokenizer: PreTrainedTokenizerBase,
@@ -185,8 +218,14 @@ def _decode_rows(
     decoding: Decoding,
     uniforms: Tensor | None,
     synced: bool,
+    *,
+    keep_stop: bool = False,
 ) -> list[list[int]]:
-    """Token ids without the stop token, `num_return_sequences` rows per prompt; a finished row leaves the batch."""
+    """Token ids, `num_return_sequences` rows per prompt; a finished row leaves the batch.
+
+    Args:
+        keep_stop: with the stop token that ended a row.
+    """
     copies = decoding.num_return_sequences
     answers: list[list[int]] = [[] for _ in range(len(mask) * copies)]
     alive = list(range(len(answers)))
@@ -214,7 +253,7 @@ def _decode_rows(
             token = _draw(logits, uniforms[alive, step].to(logits.device), decoding)
         going = ~torch.isin(token, stops)
         for row, value, goes_on in zip(alive, token.tolist(), going.tolist(), strict=True):
-            if goes_on and row >= 0:
+            if (goes_on or keep_stop) and row >= 0:
                 answers[row].append(value)
         if not _anywhere(going, synced):
             break

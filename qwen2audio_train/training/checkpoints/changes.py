@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
     "deepspeed": Rule.free,
     "deepspeed.extra": Rule.applied,
     "tracker": Rule.free,
+    "grpo": Rule.applied,
     "preference": Rule.refused,
     "preference.reference": Rule.applied,
     "preference.cache_dir": Rule.free,

@@ -34,6 +34,7 @@ def training_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) ->
         world_size=state.num_processes,
         num_mel_bins=config.model.num_mel_bins,
         bad_examples_path=Path(config.run_dir) / f"bad_examples.rank{state.process_index}.jsonl",
+        for_generation=config.stage is Stage.grpo,
     )
     for name, tasks in loader.tasks.items():
         if tasks and (not PREFERENCE_TASKS.isdisjoint(tasks)) != (config.stage is Stage.dpo):
@@ -63,4 +64,5 @@ def held_out_batches(config: StageConfig, tokenizer: PreTrainedTokenizerBase) ->
         rank=state.process_index,
         world_size=state.num_processes,
         num_mel_bins=config.model.num_mel_bins,
+        for_generation=config.stage is Stage.grpo,
     )

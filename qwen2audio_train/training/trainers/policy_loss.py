@@ -12,13 +12,11 @@ Shape legend: M tokens of completions in a pack, P prompts of N completions each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ScaleRewards = Literal["group", "batch", "none"]
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+from qwen2audio_train.config.reinforcement import LossType, ScaleRewards
 
 EPSILON_STD = 1e-4
 """What TRL adds to a standard deviation that it divides by."""
@@ -70,7 +68,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return gap.exp() - gap - 1
 
 
-def advantages(rewards: Tensor, scale_rewards: ScaleRewards = "group") -> Tensor:
+def advantages(rewards: Tensor, scale_rewards: ScaleRewards = ScaleRewards.group) -> Tensor:
     """How much better each completion is than its group: (P, N) rewards -> (P, N).
 
     Args:
