@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     "deepspeed.extra": Rule.applied,
     "tracker": Rule.free,
     "grpo": Rule.applied,
+    "ctc": Rule.refused,
     "preference": Rule.refused,
     "preference.reference": Rule.applied,
     "preference.cache_dir": Rule.free,
@@ -113,9 +114,9 @@ UNSET: Any = object()
 
 
 def rule_of(key: str) -> Rule:
-    """The rule of a key's full name, such as `trainer.learning_rate` or `model.freeze.lm_head`."""
+    """The rule of a key's full name, such as `trainer.learning_rate`; a key without one is refused."""
     fitting = [start for start in RULES if key == start or (key.startswith(start) and key[len(start)] in "._")]
-    return RULES[max(fitting, key=len)]
+    return RULES[max(fitting, key=len)] if fitting else Rule.refused
 
 
 def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

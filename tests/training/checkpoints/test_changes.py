@@ -44,7 +44,7 @@ def keys_of_trainer() -> list[str]:
 
 def test_every_key_has_a_rule_and_every_rule_a_key(noise: Path, tmp_path: Path) -> None:
     keys = [*dict(flat(plain(recipe(noise, tmp_path)))), *keys_of_trainer()]
-    assert all(isinstance(rule_of(key), Rule) for key in keys)
+    assert not [key for key in keys if not any(key == s or key.startswith((f"{s}.", f"{s}_")) for s in RULES)]
     for start in RULES:
         assert any(key == start or key.startswith((f"{start}.", f"{start}_")) for key in keys), start
 
