@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.data.loading.base import Seen
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import MAX_FRAMES, mel_columns, num_audio_tokens
@@ -92,6 +93,13 @@ class ListLoader:
         raise AssertionError("not resumed in these tests")
 
 
+class HeldOut(list[Any]):
+    """Held-out batches of which every example was used."""
+
+    def seen(self) -> Seen:
+        return Seen(planned=int(sum(batch["pair_weight"].sum() for batch in self)), too_long=0, bad_lines=0, unusable=0)
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradients of the last step and every log line."""
 
@@ -159,7 +167,7 @@ def our_trainer(
         callbacks=[gradients],
         loader=ListLoader(batches),
         files=RunFiles("", {}, lambda folder: None),
-        eval_batches=None if eval_batches is None else lambda: iter(eval_batches),
+        eval_batches=None if eval_batches is None else lambda: HeldOut(eval_batches),
         **options,
     )
     return trainer, gradients

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -54,6 +54,16 @@ class Made:
         decode_s = sum(sample.decode_s for sample in making.samples)
         num_examples = len(making.samples) + len(making.bad)
         return cls(num_examples, making.bad, time.perf_counter() - making.began, decode_s, **more)
+
+
+class Seen(NamedTuple):
+    """Examples of the steps handed out: planned over all ranks, too long among these; bad lines of the sources, and
+    examples that could not be used on this rank."""
+
+    planned: int
+    too_long: int
+    bad_lines: int
+    unusable: int
 
 
 MadeT = TypeVar("MadeT", bound=Made)

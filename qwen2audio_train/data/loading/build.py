@@ -22,6 +22,7 @@ from qwen2audio_train.data.order.mixture import MixedSource, Mixture, weighting_
 from qwen2audio_train.data.order.planner import Planner
 from qwen2audio_train.data.quarantine import Quarantine
 from qwen2audio_train.data.samples.collate import task_weights
+from qwen2audio_train.data.samples.collate_kto import Answers
 from qwen2audio_train.data.samples.maker import Maker, collator_of, maker_of
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.layout import NUM_MEL_BINS
@@ -37,6 +38,8 @@ def build_batches(
     num_mel_bins: int = NUM_MEL_BINS,
     bad_examples_path: Path | None = None,
     for_generation: bool = False,
+    keep_too_long: bool = False,
+    answers: Answers = Answers.paired,
 ) -> BatchLoader[Any]:
     """Training batches of `data.sources` for one rank; preference examples become batches of pairs.
 
@@ -44,6 +47,8 @@ def build_batches(
         epochs: passes over the mixture; None = without end. Streaming sources have no end.
         bad_examples_path: where this rank lists the examples that could not be used.
         for_generation: batches of prompts (`samples.collate.unpacked`) instead of packed ones.
+        keep_too_long: give examples that no pack takes a pack of their own (indexed sources alone).
+        answers: layout of preference examples.
 
     Raises:
         ConfigError: no sources, weights that make no mixture, sources that do not go together.
@@ -52,8 +57,11 @@ def build_batches(
     """
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
-    maker = maker_of(data, tokenizer, num_mel_bins, for_generation=for_generation)
-    quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share, shown=rank == 0)
+    maker = dataclasses.replace(maker_of(data, tokenizer, num_mel_bins, for_generation=for_generation), answers=answers)
+    if keep_too_long:
+        maker = dataclasses.replace(maker, max_tokens=None)
+    shown = rank == 0 and not keep_too_long  # held-out examples are read at every evaluation: the trainer tells once
+    quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share, shown=shown)
     streaming = [name for name, source in data.sources.items() if source.streaming]
     if streaming:
         if len(streaming) < len(data.sources) or epochs is not None:
@@ -61,15 +69,15 @@ def build_batches(
                 f"data.sources.{streaming[0]}.streaming: streams have no end and do not mix with indexed sources; set "
                 "it for all sources and train by steps, or for none"
             )
-        return build_streams(data, maker, quarantine, rank, world_size, num_mel_bins)
+        return build_streams(data, maker, quarantine, rank, world_size)
     indexes = {name: open_source(name, source, data, maker) for name, source in sorted(data.sources.items())}
-    planner = build_planner(data, indexes)
+    planner = build_planner(data, indexes, keep_too_long)
     for name, index in indexes.items():
         bad = [dataclasses.replace(item, source=name) for item in index.bad()]
         quarantine.add(len(index) + len(bad), bad)
     return PackLoader(
         planner,
-        _dataset(data, indexes, planner.mixture, maker, num_mel_bins),
+        _dataset(data, indexes, planner.mixture, maker),
         packs_per_step=data.packs_per_step,
         quarantine=quarantine,
         rank=rank,
@@ -80,6 +88,7 @@ def build_batches(
         prefetch_factor=data.prefetch_factor,
         on_changed_data=data.on_changed_data,
         prefetch=remote_of(data).prefetch,
+        num_bad_lines=quarantine.num_bad,
     )
 
 
@@ -92,10 +101,13 @@ def eval_batches(
     num_mel_bins: int = NUM_MEL_BINS,
     bad_examples_path: Path | None = None,
     for_generation: bool = False,
-) -> BatchLoader[Any]:
+    keep_too_long: bool = True,
+    answers: Answers = Answers.paired,
+) -> PackLoader:
     """Batches over `data.eval_sources`, every example once and in the manifests' order before packing.
 
-    All ranks get equally many batches, fillers where there are no examples left. Nothing is augmented.
+    All ranks get equally many batches, fillers where there are no examples left. Nothing is augmented. Nothing
+    is learnt from them, so an example beyond the budget of training has a pack of its own.
     """
     if not data.eval_sources:
         raise ConfigError("data.eval_sources is empty: name at least one source")
@@ -111,7 +123,7 @@ def eval_batches(
         packs_per_step=world_size * data.packs_per_forward,
         augment=AugmentConfig(),
     )
-    return build_batches(
+    loader = build_batches(
         plain,
         tokenizer,
         rank=rank,
@@ -120,10 +132,14 @@ def eval_batches(
         num_mel_bins=num_mel_bins,
         bad_examples_path=bad_examples_path,
         for_generation=for_generation,
+        keep_too_long=keep_too_long,
+        answers=answers,
     )
+    assert isinstance(loader, PackLoader)  # streams were refused above
+    return loader
 
 
-def build_planner(data: DataConfig, indexes: Mapping[str, Index]) -> Planner:
+def build_planner(data: DataConfig, indexes: Mapping[str, Index], keep_too_long: bool = False) -> Planner:
     """The planner over opened sources (in sorted order of their names)."""
     sizes = {name: _size(index, data.sources[name]) for name, index in indexes.items()}
     for name, size in sizes.items():
@@ -149,7 +165,10 @@ def build_planner(data: DataConfig, indexes: Mapping[str, Index]) -> Planner:
         window_examples=data.window_examples,
         samples_per_pack=data.samples_per_pack,
         max_tokens=data.max_tokens_per_example,
+        keep_too_long=keep_too_long,
     )
+    if keep_too_long:
+        return planner
     for source, index in zip(mixed, indexes.values(), strict=True):
         _check_lengths(source, index, planner.token_limit)
     return planner
@@ -198,12 +217,10 @@ def _shards(index: Index, size: int) -> NDArray[np.int64] | None:
     return np.diff(ends, prepend=0)
 
 
-def _dataset(
-    data: DataConfig, indexes: Mapping[str, Index], mixture: Mixture, maker: Maker, num_mel_bins: int
-) -> PackDataset:
+def _dataset(data: DataConfig, indexes: Mapping[str, Index], mixture: Mixture, maker: Maker) -> PackDataset:
     shares = task_shares(indexes, mixture)
     is_preference = are_preferences({name: tuple(index.task_counts) for name, index in indexes.items()})
     if data.loss_weighting is LossWeighting.task:
         maker = dataclasses.replace(maker, task_weights=task_weights(shares))
-    collate = collator_of(data, num_mel_bins, is_preference, maker.for_generation)
+    collate = collator_of(data, maker, is_preference)
     return PackDataset(tuple(indexes), tuple(indexes.values()), maker.make, collate)

@@ -30,9 +30,7 @@ from qwen2audio_train.errors import ExampleError
 SMALLEST_WINDOW = 64
 
 
-def build_streams(
-    data: DataConfig, maker: Maker, quarantine: Quarantine, rank: int, world_size: int, num_mel_bins: int
-) -> StreamLoader:
+def build_streams(data: DataConfig, maker: Maker, quarantine: Quarantine, rank: int, world_size: int) -> StreamLoader:
     """The loader of one rank. Raises ConfigError for what needs an index."""
     _check(data)
     corpora = {
@@ -75,7 +73,7 @@ def build_streams(
     return StreamLoader(
         streams,
         partial(_make, maker),
-        collator_of(data, num_mel_bins, are_preferences(tasks), maker.for_generation),
+        collator_of(data, maker, are_preferences(tasks)),
         inputs,
         tasks,
         quarantine,

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from qwen2audio_train.config.data import OnChangedData
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.loading.base import BatchLoader, Made, Making, check_rank
+from qwen2audio_train.data.loading.base import BatchLoader, Made, Making, Seen, check_rank
 from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.order.index import Index
 from qwen2audio_train.data.order.planner import Cursor, Pack, Planner, deal, steps
@@ -79,6 +79,7 @@ class PackLoader(BatchLoader[Made]):
     prefetch_factor: int = 4
     on_changed_data: OnChangedData = OnChangedData.refuse
     prefetch: Callable[[str], object] | None = None
+    num_bad_lines: int = 0
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.world_size)
@@ -90,6 +91,11 @@ class PackLoader(BatchLoader[Made]):
         self._marks: dict[int, _Mark] = {}
         self._done = 0
         self._looked_from = (-1, -1)
+
+    def seen(self) -> Seen:
+        """What became of the examples of the steps handed out."""
+        planned, too_long = int(self.telemetry.examples.sum()), int(self.telemetry.too_long.sum())
+        return Seen(planned, too_long, self.num_bad_lines, self.quarantine.num_bad - self.num_bad_lines)
 
     def num_steps(self, epochs: int = 1) -> int:
         """Optimiser steps of the first epochs, by planning them."""

@@ -68,6 +68,7 @@ class Planner:
     samples_per_pack: int | None = None
     max_tokens: int | None = None
     carried: Ints = field(default_factory=lambda: NO_ROWS)
+    keep_too_long: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,12 +102,16 @@ class Planner:
         return -(-self.mixture.epoch_size(epoch) // self.window_examples)
 
     def window(self, epoch: int, window: int) -> tuple[list[Pack], Ints]:
-        """The packs of a window (a filler if it has none), and its examples that are too long, as rows (n, 3)."""
+        """The packs of a window (a filler if it has none), and its examples that are too long, as rows (n, 3).
+
+        With `keep_too_long` these have packs too, each one of its own.
+        """
         rows = self.carried if window == CARRIED else self._rows(epoch, window)
         tokens, cost = self._measure(rows)
         fits = tokens <= self.token_limit
         too_long = rows[~fits]
-        rows, tokens, cost = rows[fits], tokens[fits], cost[fits]
+        if not self.keep_too_long:
+            rows, tokens, cost = rows[fits], tokens[fits], cost[fits]
         if self.samples_per_pack is None:
             groups = best_fit(tokens, self.tokens_per_pack)
         else:
@@ -179,7 +184,10 @@ def plan_inputs(
 
 
 def best_fit(lengths: Ints, capacity: int) -> list[Ints]:
-    """Best-fit decreasing: every length goes where the least room is left. Returns the members of every bin."""
+    """Best-fit decreasing: every length goes where the least room is left, and beyond `capacity` into a bin of its own.
+
+    Returns the members of every bin.
+    """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, bin), sorted
     order = np.argsort(-lengths, kind="stable")

@@ -19,6 +19,7 @@ from qwen2audio_train.data.examples import Clip, Example, TaskExample
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference, unpacked
+from qwen2audio_train.data.samples.collate_kto import Answers, pack_unpaired
 from qwen2audio_train.data.samples.recipe import plain, recipe_of, render_as
 from qwen2audio_train.data.samples.sample import Sample, clip_bytes, materialise
 from qwen2audio_train.errors import ExampleError
@@ -36,6 +37,7 @@ class Maker:
         max_tokens: longer samples are refused, as a pack would not take them.
         task_weights: factor on the weight of a sample by its task.
         for_generation: make prompts that are to be answered, each with its example, instead of what is learnt.
+        answers: how those of preference examples are laid out.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -44,6 +46,7 @@ class Maker:
     task_weights: Mapping[str, float] = field(default_factory=dict)
     augmenter: Augmenter | None = None
     for_generation: bool = False
+    answers: Answers = Answers.paired
 
     @property
     def measure_key(self) -> str:
@@ -141,12 +144,13 @@ def maker_of(
     return Maker(tokenizer, recipe, longest, augmenter=augmenter, for_generation=for_generation)
 
 
-def collator_of(
-    data: DataConfig, num_mel_bins: int, is_preference: bool, for_generation: bool = False
-) -> Callable[[Sequence[Sample]], Batch]:
+def collator_of(data: DataConfig, maker: Maker, is_preference: bool) -> Callable[[Sequence[Sample]], Batch]:
     """What lays the samples of a batch end to end, or hands prompts on as they are."""
-    if for_generation:
+    if maker.for_generation:
         return unpacked
-    if is_preference:
+    num_mel_bins = maker.recipe.num_mel_bins
+    if is_preference and maker.answers is Answers.paired:
         return partial(pack_preference, num_mel_bins=num_mel_bins)
+    if is_preference:
+        return partial(pack_unpaired, num_mel_bins=num_mel_bins, foreign=maker.answers is Answers.with_foreign)
     return partial(pack, loss_weighting=data.loss_weighting, num_mel_bins=num_mel_bins)

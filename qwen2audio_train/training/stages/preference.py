@@ -126,6 +126,7 @@ def every_training_pair(
     return lambda: eval_batches(
         data,
         tokenizer,
+        keep_too_long=False,
         rank=state.process_index,
         world_size=state.num_processes,
         num_mel_bins=config.model.num_mel_bins,

@@ -51,12 +51,14 @@ class EncoderTrainer(PackedTrainer, Trainer):
         model: Any = self.model_wrapped
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in self.eval_batches():
+        batches = self.eval_batches()
+        for batch in batches:
             inputs = self._prepare_inputs(batch)
             sums += torch.stack((model(**inputs), self._recogniser().spoken[inputs["target"]].sum())).double().cpu()
         model.train()
         total, labels = self.sum_over_ranks(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(labels, 1)}
+        metrics |= self.held_out_counts(batches, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

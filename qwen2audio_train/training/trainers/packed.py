@@ -23,9 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from qwen2audio_train.config.schema import OptimizerConfig
 from qwen2audio_train.data.loading.base import BatchLoader
+from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
@@ -36,6 +38,8 @@ from qwen2audio_train.training.checkpoints import optimizer_state
 from qwen2audio_train.training.checkpoints.restore import whole_state
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
 from qwen2audio_train.training.trainers.resumed import CONFIG_FILE, ResumedTrainer
+
+logger = logging.get_logger(__name__)
 
 FRAME_S = HOP_LENGTH / SAMPLING_RATE
 
@@ -82,7 +86,7 @@ class PackedTrainer(ResumedTrainer):
         *args: Any,
         loader: BatchLoader[Any],
         files: RunFiles,
-        eval_batches: Callable[[], BatchLoader[Any]] | None = None,
+        eval_batches: Callable[[], PackLoader] | None = None,
         rates: OptimizerConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -157,6 +161,21 @@ class PackedTrainer(ResumedTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate assumes dense rows; the cost model counts what a packed step really does."""
         return 0
+
+    def held_out_counts(self, batches: PackLoader, prefix: str) -> dict[str, float]:
+        """How many held-out examples the figures are of, when all their batches were run.
+
+        `examples` are those that count, `too_long` those among them beyond the budget of training, and `quarantined`
+        those that could not be used.
+        """
+        seen = batches.seen()
+        unusable = int(self.sum_over_ranks(torch.tensor([float(seen.unusable)], dtype=torch.float64)))
+        quarantined = seen.bad_lines + unusable
+        if quarantined and self.args.should_save:
+            listed = Path(str(self.args.output_dir)) / "bad_eval_examples.rank*.jsonl"
+            logger.warning_once(f"{quarantined} held-out examples could not be used and are in no figure; see {listed}")
+        counts = {"examples": seen.planned - unusable, "too_long": seen.too_long, "quarantined": quarantined}
+        return {f"{prefix}_{name}": float(count) for name, count in counts.items()}
 
     # Log --------------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
 
 from qwen2audio_train.config.preference import Reference
+from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.training.reference.reference import (
     REFERENCE_ADAPTER,
     adapter_left_as_it_is,
@@ -186,7 +187,8 @@ class PreferenceTrainer(PackedTrainer):
         model = self._inference_model()
         was_training = model.training
         model.eval()
-        for batch in self.held_out():
+        batches = self.held_out()
+        for batch in batches:
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, inputs)
@@ -195,12 +197,13 @@ class PreferenceTrainer(PackedTrainer):
         for probe in self.probes:
             figures |= probe(self)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics |= self.held_out_counts(batches, metric_key_prefix)
         self.log(metrics)
         model.train(was_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def held_out(self) -> Iterable[dict[str, Tensor]]:
+    def held_out(self) -> PackLoader:
         """This rank's batches of held-out pairs.
 
         Raises:

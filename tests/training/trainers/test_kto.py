@@ -15,11 +15,12 @@ from trl import KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from qwen2audio_train.data.samples.collate import pack_preference
+from qwen2audio_train.data.samples.collate_kto import pack_unpaired, unpaired, with_foreign_answers
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.training.trainers.kto import AudioKTOTrainer, unpaired, with_foreign_answers
+from qwen2audio_train.training.trainers.kto import AudioKTOTrainer
 from qwen2audio_train.training.trainers.packed import RunFiles
 from tests.model.rows import BANDS
-from tests.training.pairs import PAD_ID, Gradients, ListLoader, StockCollator, config, random_pair, tokenizer
+from tests.training.pairs import PAD_ID, Gradients, HeldOut, ListLoader, StockCollator, config, random_pair, tokenizer
 from tests.training.trainers.test_preference_parity import packed, stock
 
 TAKEN_OVER = ["output_dir", "max_steps", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm", "beta"]
@@ -88,7 +89,7 @@ def our_trainer(batches: list[dict[str, Tensor]], args: KTOConfig) -> tuple[Audi
         callbacks=[gradients],
         loader=ListLoader(batches),
         files=RunFiles("", {}, lambda folder: None),
-        eval_batches=lambda: iter(batches),
+        eval_batches=lambda: HeldOut(batches),
     )
     return trainer, gradients
 
@@ -117,7 +118,9 @@ def check_equal_to_trl(
 def test_loss_metrics_and_gradients_equal_trl(loss_type: str, tmp_path: Path) -> None:
     options = {"loss_type": loss_type, "desirable_weight": 1.3}
     expected, theirs = stock_run(SAMPLES, kto_config(tmp_path, **options), PAIRED)
-    trainer, gradients = our_trainer([pack_preference(SAMPLES, BANDS)], kto_config(tmp_path, **options))
+    trainer, gradients = our_trainer(
+        [pack_unpaired(SAMPLES, BANDS, foreign=loss_type == "kto")], kto_config(tmp_path, **options)
+    )
     trainer.train()
     check_equal_to_trl(trainer.state.log_history[0], gradients.by_name, expected, theirs)
 
@@ -126,7 +129,7 @@ def test_answers_without_their_opposite_equal_trl(tmp_path: Path) -> None:
     answers = [(2, 0, True), (0, 1, False), (1, 0, False)]
     expected, theirs = stock_run(SAMPLES, kto_config(tmp_path, per_device_train_batch_size=3), answers)
     alone = [single(0, 1, "undesirable"), single(1, 0, "undesirable"), single(2, 0, "desirable")]
-    trainer, gradients = our_trainer([pack_preference(alone, BANDS)], kto_config(tmp_path))
+    trainer, gradients = our_trainer([pack_unpaired(alone, BANDS)], kto_config(tmp_path))
     trainer.train()
     check_equal_to_trl(trainer.state.log_history[0], gradients.by_name, expected, theirs)
 
@@ -134,8 +137,8 @@ def test_answers_without_their_opposite_equal_trl(tmp_path: Path) -> None:
 def test_a_step_of_one_kind_of_answer_and_of_one_prompt(tmp_path: Path) -> None:
     """Undesirable answers, then one desirable one by itself: both sides are logged, and its KL term is zero."""
     batches = [
-        pack_preference([single(0, 1, "undesirable"), single(1, 1, "undesirable")], BANDS),
-        pack_preference([single(2, 0, "desirable")], BANDS),
+        pack_unpaired([single(0, 1, "undesirable"), single(1, 1, "undesirable")], BANDS),
+        pack_unpaired([single(2, 0, "desirable")], BANDS),
     ]
     arguments = kto_config(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
     trainer, _ = our_trainer(batches, arguments)
@@ -150,8 +153,8 @@ def test_a_step_of_one_kind_of_answer_and_of_one_prompt(tmp_path: Path) -> None:
 
 
 def test_held_out_pairs_and_fillers(tmp_path: Path) -> None:
-    trainer, _ = our_trainer([pack_preference(SAMPLES, BANDS), pack_preference([], BANDS)], kto_config(tmp_path))
-    alone, _ = our_trainer([pack_preference(SAMPLES, BANDS)], kto_config(tmp_path))
+    trainer, _ = our_trainer([pack_unpaired(SAMPLES, BANDS), pack_unpaired([], BANDS)], kto_config(tmp_path))
+    alone, _ = our_trainer([pack_unpaired(SAMPLES, BANDS)], kto_config(tmp_path))
     found, expected = trainer.evaluate(), alone.evaluate()
     assert found.keys() == expected.keys()
     for name, value in expected.items():

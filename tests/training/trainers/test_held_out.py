@@ -1,0 +1,42 @@
+"""Held-out figures are of all held-out examples, whatever the packs of training take, and say of how many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import build_trainer, encoder_recipe, pairs_recipe, recipe
+
+
+def test_held_out_loss_does_not_depend_on_the_pack_and_counts_its_examples(noise: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (noise / "speech.jsonl").read_text().splitlines()]
+    lines = [line | {"audio": f"{noise}/{line['audio']}"} for line in lines]
+    lines.append(lines[0] | {"id": "gone", "audio": "no/such.wav"})
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"id": "no task"}\n'
+    (tmp_path / "dev.jsonl").write_text(text)
+    found = []
+    for budget in (40, 400):
+        held_out = [f"data.eval_sources.dev.path=[{tmp_path}/dev.jsonl]", "data.max_bad_share=1"]
+        config = recipe(noise, tmp_path / str(budget), f"data.tokens_per_pack={budget}", *held_out)
+        found.append(build_trainer(config).evaluate())
+        listed = (tmp_path / str(budget) / "bad_eval_examples.rank0.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["example"].split("/")[-1] for line in listed)[-1] == "gone"
+        assert len(listed) == 2
+    small, large = found
+    assert small["eval_loss"] == pytest.approx(large["eval_loss"], rel=1e-5)
+    assert small["eval_loss/dev"] == pytest.approx(large["eval_loss/dev"], rel=1e-4)
+    assert [figures["eval_examples"] for figures in found] == [24, 24]
+    assert [figures["eval_quarantined"] for figures in found] == [2, 2]
+    assert 0 < small["eval_too_long"] < 24
+    assert large["eval_too_long"] == 0
+
+
+def test_every_stage_counts_its_held_out_examples(noise: Path, tmp_path: Path) -> None:
+    held_out = "data.eval_sources.dev.path=[{}/{}.jsonl]"
+    pairs = pairs_recipe(noise, tmp_path / "dpo", held_out.format(noise, "pairs"))
+    kto = pairs_recipe(noise, tmp_path / "kto", held_out.format(noise, "pairs"), "preference.objective=kto")
+    encoder = encoder_recipe(noise, tmp_path / "encoder", held_out.format(noise, "speech"))
+    counted = [build_trainer(config).evaluate()["eval_examples"] for config in (pairs, kto, encoder)]
+    assert counted == [12, 12, 24]
