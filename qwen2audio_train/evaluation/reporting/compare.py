@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.evaluation.reporting.results import TEXTS, read_texts
 from qwen2audio_train.evaluation.scoring.bootstrap import Difference, paired_difference
 from qwen2audio_train.evaluation.scoring.items import Item
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER
 from qwen2audio_train.evaluation.scoring.score import STAMPS, counts_of, grouped
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned
-
-TEXTS = "texts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,4 @@ def _texts(folder: Path) -> dict[tuple[str, str], tuple[Item, str]]:
     path = folder / TEXTS
     if not path.is_file():
         raise ConfigError(f"{folder}: no {TEXTS} here; name the output_dir of an evaluation (launch/evaluate.py)")
-    found = {}
-    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        text = record.pop("text")
-        item = Item(**record)
-        found[item.source, item.id] = (item, text)
-    return found
+    return {(item.source, item.id): (item, text) for item, text, _ in read_texts(path)}

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import LongAudio, SampleRecipe
-from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample
+from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample, clips_of
 from qwen2audio_train.data.samples.recipe import plain as plain_recipe
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts
@@ -88,12 +88,17 @@ def evaluate(
     learnable = [e for e, item in zip(prompts.examples, items, strict=True) if item.reference is not None]
     whole = LazySamples(learnable, tokenizer, recipe, for_generation=False)
     loss = held_out_loss(learnable, score_labels(model, tokenizer, whole, decoding.tokens_per_batch))
-    decoded = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
+    answered = [
+        (item, text, example)
+        for item, text, example in zip(items, texts, prompts.examples, strict=True)
+        if text is not None
+    ]
+    decoded = [(item, text) for item, text, _ in answered]
     rows = score_texts(decoded, Seen.of(train_examples), bootstrap_samples=bootstrap_samples, seed=seed)
     return Evaluation(
         rows=tuple(rows),
         loss=loss,
-        texts=tuple(_text_record(item, text) for item, text in decoded),
+        texts=tuple(_text_record(*one) for one in answered),
         failed={prompts.examples[index].id: reason for index, reason in sorted(prompts.failed.items())},
         caveats=(*caveats(item.language for item in items if item.metric == "error_rate"), *_long_audio(prompts)),
         settings={
@@ -119,9 +124,10 @@ def _long_audio(prompts: LazySamples) -> list[str]:
     ]
 
 
-def _text_record(item: Item, text: str) -> dict[str, Any]:
-    """All fields of the item, so that it can be scored again, and what was decoded."""
-    return {**dataclasses.asdict(item), "text": text}
+def _text_record(item: Item, text: str, example: Example) -> dict[str, Any]:
+    """All fields of the item, so that it can be scored again, what was decoded, and what was heard."""
+    heard = [dataclasses.asdict(clip) for clip in clips_of(example)]
+    return {**dataclasses.asdict(item), "text": text, "clips": heard}
 
 
 def save(result: Evaluation, folder: str | Path) -> None:

@@ -43,6 +43,11 @@ def value_text(metric: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if metric in PERCENT else f"{value:.{_digits(metric)}f}"
 
 
+def score_text(score: Score) -> tuple[str, str]:
+    """Value and interval of a score in its unit: `12.3 %`, `[10.1, 14.8]`."""
+    return value_text(score.metric, score.value), interval_text(score.metric, score.low, score.high)
+
+
 def interval_text(metric: str, low: float | None, high: float | None) -> str:
     """A 95 % interval: `[10.1, 14.8]`."""
     if low is None or high is None or not math.isfinite(low):
