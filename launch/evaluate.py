@@ -1,16 +1,30 @@
-"""Score a checkpoint on held-out manifests:  torchrun launch/evaluate.py checkpoint=... manifests.NAME=..."""
+"""Score a checkpoint on held-out manifests, compare two evaluations, or have one judged.
+
+    torchrun launch/evaluate.py checkpoint=runs/mine manifests.dev=dev.jsonl
+    python   launch/evaluate.py compare first=runs/base/evaluation second=runs/mine/evaluation
+    python   launch/evaluate.py judge evaluation=runs/mine/evaluation judge.base_url=https://... judge.model=...
+
+Without a command the keys are those of recipes/evaluate.yaml; those of the commands are the fields of CompareOptions
+and JudgeOptions.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.cli.commands import Commands, run_command
 from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.schema import ConfigError, EvaluateConfig
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.evaluation.decoding.generate import Decoding
+from qwen2audio_train.evaluation.judging.judge import JudgeOptions, judge_evaluation, judgement_table
+from qwen2audio_train.evaluation.reporting.compare import CompareOptions, compare, comparison_table
 from qwen2audio_train.evaluation.reporting.stage_record import save_stage
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, score_pairs
@@ -70,5 +84,26 @@ def some_of_each(examples: list[Example], count: int) -> list[Example]:
     ]
 
 
+def run_compare(options: CompareOptions) -> int:
+    for key in ("first", "second"):
+        if not getattr(options, key):
+            raise ConfigError(f"{key}: no value was given; set {key}=... to the output_dir of an evaluation")
+    found = compare(options.first, options.second, bootstrap_samples=options.bootstrap_samples, seed=options.seed)
+    print(comparison_table(found))
+    if options.output is not None:
+        Path(options.output).write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def run_judge(options: JudgeOptions) -> int:
+    print(judgement_table(judge_evaluation(options)))
+    return 0
+
+
+COMMANDS: Commands = {"compare": (CompareOptions, run_compare), "judge": (JudgeOptions, run_judge)}
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        sys.exit(run_command(COMMANDS, __doc__, sys.argv[1:]))
     launch(main, "evaluate", EvaluateConfig)

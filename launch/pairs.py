@@ -5,7 +5,7 @@
 
 The keys of a command are the fields of its options (SamplingOptions, RuleOptions); a YAML file may hold any of them,
 and keys on the command line win. `score` is auto, error_rate, bleu, exact, judge (with judge.base_url, judge.model and
-the other fields of judge_client.Endpoint), or a function of yours as file.py:function. Sampling goes on where it was
+the other fields of `Endpoint`), or a function of yours as file.py:function. Sampling goes on where it was
 interrupted.
 """
 
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 from qwen2audio_train.cli.commands import Commands, run_command
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.evaluation.judging.client import client_of
 from qwen2audio_train.pairs.make import (
     RuleOptions,
     SamplingOptions,
     answer,
-    judge_client,
     pairs_by_rule,
     pairs_of_answers,
     read_questions,
@@ -36,7 +36,7 @@ def run_sample(options: SamplingOptions) -> int:
         if not getattr(options, key):
             raise ConfigError(f"{key}: no value was given; set {key}=...")
     outcomes: Counter[str] = Counter()
-    client = judge_client(options) if options.score == "judge" else None
+    client = client_of(options.judge, f"{options.output}.judge") if options.score == "judge" else None
     score = judge_scorer(client, outcomes) if client else scorer(options.score)
     questions = read_questions(options.manifests, options.seed)
     loaded = load_for_inference(

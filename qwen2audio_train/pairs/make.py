@@ -15,15 +15,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.config.schema import ConfigError, Dtype
+from qwen2audio_train.config.schema import Dtype
 from qwen2audio_train.data.examples import PreferenceExample
 from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
 from qwen2audio_train.data.samples.maker import MEASURED_KEYS
 from qwen2audio_train.data.samples.recipe import KEYS, plain
 from qwen2audio_train.evaluation.decoding.generate import Decoding
-from qwen2audio_train.evaluation.judging.client import Client, Endpoint
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.pairs.balance import Balance, balance
 from qwen2audio_train.pairs.candidates import CandidateFile, sample_candidates
@@ -119,23 +117,6 @@ class Made:
             f"the texts alone is right in {self.balance.text_only_accuracy:.1%} (50% = the texts give nothing away)"
         )
         return "\n".join(lines)
-
-
-def judge_client(options: SamplingOptions) -> Client:
-    """The client of `options.judge`, whose keys are the fields of `judge_client.Endpoint`.
-
-    Raises:
-        ConfigError: an unknown key, or no base_url or model.
-    """
-    given = {"cache_dir": f"{options.output}.judge", **options.judge}
-    known = [item.name for item in dataclasses.fields(Endpoint)]
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"judge.{key}: unknown key; {nearest(key, known, 'judge.')}")
-    for key in ("base_url", "model"):
-        if key not in given:
-            raise ConfigError(f"judge.{key}: no value was given, and score=judge needs one; set judge.{key}=...")
-    return Client(Endpoint(**given))
 
 
 def read_questions(manifests: Sequence[str], prompt_seed: int = 0) -> list[Question]:

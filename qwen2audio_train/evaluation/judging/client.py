@@ -20,10 +20,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.config.bounds import nearest
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.errors import UserError
 
 LEDGER = "spent.jsonl"
@@ -195,6 +197,23 @@ class Client:
         text = choice["message"].get("content") or ""
         refusal = bool(choice["message"].get("refusal")) or choice.get("finish_reason") == "content_filter"
         return Reply(text, refusal, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+
+def client_of(given: Mapping[str, Any], cache_dir: str) -> Client:
+    """The client of a recipe's `judge`, whose keys are the fields of `Endpoint`.
+
+    Raises:
+        ConfigError: an unknown key, or no base_url or model.
+    """
+    settings = {"cache_dir": cache_dir, **given}
+    known = [item.name for item in fields(Endpoint)]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"judge.{key}: unknown key; {nearest(key, known, 'judge.')}")
+    for key in ("base_url", "model"):
+        if key not in settings:
+            raise ConfigError(f"judge.{key}: no value was given, and a judge needs one; set judge.{key}=...")
+    return Client(Endpoint(**settings))
 
 
 def _retry_after(value: str | None) -> float:

@@ -7,20 +7,24 @@ parsed or was not asked is counted by name; it is neither dropped nor scored in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.errors import UserError
-from qwen2audio_train.evaluation.judging.client import Client, CostCapError, JudgeError
+from qwen2audio_train.evaluation.judging.client import Client, CostCapError, JudgeError, client_of
+from qwen2audio_train.evaluation.scoring.benchmarks import benchmarks
 from qwen2audio_train.evaluation.scoring.bootstrap import Score, mean_score
+from qwen2audio_train.evaluation.scoring.table import aligned, interval_text, value_text
 
 Outcome = Literal["scored", "refused", "unparsed", "failed", "not_asked"]
 
@@ -39,8 +43,29 @@ that holds the score of answer 1 and the score of answer 2, separated by a space
 """Asks for what AIR-Bench's own prompt asks for. Scores depend on the wording and on the judge: to compare with
 published figures, pass that prompt and use that judge."""
 
+FIELDS = ("description", "question", "first", "second")
+"""What a template has to hold, in braces."""
+
 _TWO_SCORES = re.compile(r"^\W*(\d+(?:\.\d+)?)\s*[\s,;/|]\s*(\d+(?:\.\d+)?)\W*$", re.MULTILINE)
 _REFUSING = re.compile(r"\b(sorry|cannot|can't|can not|unable|won't)\b", re.IGNORECASE)
+
+
+@dataclass
+class JudgeOptions:
+    """The keys of `launch/evaluate.py judge`.
+
+    Attributes:
+        evaluation: folder of an evaluation whose examples have a `description` of their audio in `meta`.
+        judge: the endpoint: base_url and model, and the other fields of `client.Endpoint` (prices, max_cost, ...).
+        template: text file with {description}, {question}, {first} and {second}; unset: the project's own.
+        workers: requests under way at once.
+    """
+
+    evaluation: str = ""
+    judge: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
+    workers: int = 8
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,7 @@ class Judged:
     question: str
     reference: str
     answer: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +116,7 @@ def read_items(folder: str | Path) -> list[Judged]:
     path = Path(folder) / "texts.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     items = [
-        Judged(r["id"], r["meta"]["description"], r["question"] or "", r["reference"], r["text"])
+        Judged(r["id"], r["meta"]["description"], r["question"] or "", r["reference"], r["text"], r.get("source", ""))
         for r in records
         if r["reference"] and r["meta"].get("description")
     ]
@@ -122,6 +148,52 @@ def judge_answers(
         verdicts=verdicts,
         cost=client.spent,
     )
+
+
+def judge_evaluation(options: JudgeOptions) -> dict[str, Judgement]:
+    """Judge an evaluation source by source, and write `judged.json` into its folder.
+
+    Raises:
+        ConfigError: no evaluation, an endpoint that is not described, a template without one of its fields.
+    """
+    if not options.evaluation:
+        raise ConfigError("evaluation: no value was given; set evaluation=... to the output_dir of an evaluation")
+    client = client_of(options.judge, f"{options.evaluation}/judge_cache")
+    template = TEMPLATE if options.template is None else _template(Path(options.template))
+    sources: dict[str, list[Judged]] = {}
+    for item in read_items(options.evaluation):
+        sources.setdefault(item.source, []).append(item)
+    judged = {
+        source: judge_answers(client, items, template=template, workers=options.workers, seed=options.seed)
+        for source, items in sources.items()
+    }
+    made_by = {"model": client.endpoint.model, "template_sha256": hashlib.sha256(template.encode()).hexdigest()[:16]}
+    found = {source: asdict(judgement) for source, judgement in judged.items()}
+    report = json.dumps({"judge": made_by, "sources": found}, indent=1, ensure_ascii=False)
+    Path(options.evaluation, "judged.json").write_text(report + "\n", encoding="utf-8")
+    return judged
+
+
+def judgement_table(judged: Mapping[str, Judgement]) -> str:
+    """Mean scores by source beside the published ones, and what became of every item."""
+    rows = []
+    for source, judgement in judged.items():
+        score, known = judgement.answer, benchmarks().get(source)
+        published = ", ".join(f"{who} {value}" for who, value in known.published.items()) if known else ""
+        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(judgement.outcomes.items()))
+        value, interval = value_text("judge", score.value), interval_text("judge", score.low, score.high)
+        reference = value_text("judge", judgement.reference.value)
+        rows.append([source, value, interval, reference, f"{judgement.lead:+.2f}", outcomes, published])
+    header = ["source", "judge's score", "95 %", "reference's", "standing first", "outcomes", "published"]
+    return aligned(header, rows, right=(1, 3, 4))
+
+
+def _template(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if lost := [name for name in FIELDS if f"{{{name}}}" not in text]:
+        expected = ", ".join(f"{{{name}}}" for name in FIELDS)
+        raise ConfigError(f"template={path}: has no {{{lost[0]}}}; expected {expected}")
+    return text
 
 
 def parse_scores(text: str) -> tuple[float, float] | None:

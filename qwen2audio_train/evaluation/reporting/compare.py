@@ -14,6 +14,23 @@ from qwen2audio_train.evaluation.scoring.score import STAMPS, counts_of, grouped
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned
 
 
+@dataclass
+class CompareOptions:
+    """The keys of `launch/evaluate.py compare`.
+
+    Attributes:
+        first, second: folders of two evaluations of the same held-out examples.
+        output: JSON file for the comparison.
+        bootstrap_samples, seed: of the intervals.
+    """
+
+    first: str = ""
+    second: str = ""
+    output: str | None = None
+    bootstrap_samples: int = 1000
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Change of an error rate or an accuracy from the first evaluation to the second, over their n common examples."""

@@ -1,0 +1,31 @@
+"""One page, or tables, from any set of evaluations.
+
+    python launch/report.py results.base=runs/base/evaluation results.mine=runs/mine/evaluation output=report.html
+
+.html is one self-contained page: all numbers beside published ones, intervals, where the errors are, confusions, and
+the worst examples with their audio. .md and .tex are the table alone. The keys are the fields of ReportOptions; a YAML
+file may hold any of them, and keys on the command line win.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qwen2audio_train.cli.compose import given
+from qwen2audio_train.cli.door import door
+from qwen2audio_train.evaluation.reporting.write import ReportOptions, write_results
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0, or 2 where the command line or a folder is wrong."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    with door():
+        print(write_results(given(arguments, ReportOptions)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
