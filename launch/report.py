@@ -16,6 +16,8 @@ from qwen2audio_train.cli.compose import given
 from qwen2audio_train.cli.door import door
 from qwen2audio_train.evaluation.reporting.write import ReportOptions, write_results
 
+OPTIONS = ReportOptions
+
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 where the command line or a folder is wrong."""
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     with door():
-        print(write_results(given(arguments, ReportOptions)))
+        print(write_results(given(arguments, OPTIONS)))
     return 0
 
 

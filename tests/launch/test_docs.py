@@ -34,14 +34,16 @@ def test_a_command_fits_its_script(page: str, words: list[str]) -> None:
     place, name = next((place, found[1]) for place, word in enumerate(words) if (found := SCRIPT.fullmatch(word)))
     arguments = [word for word in words[place + 1 :] if not word.startswith("--") and word != "job"]
     assert (LAUNCH / f"{name}.py").is_file()
+    module, commands_of = script(name), getattr(script(name), "COMMANDS", {})
     if name == "plan":
-        script("plan").parse(arguments)
+        module.parse(arguments)
+    elif arguments[:1] and arguments[0] in commands_of:
+        schema, _ = commands_of[arguments[0]]
+        given(arguments[1:], schema)
     elif name in SCHEMAS:
         composed(name, *arguments)
     else:
-        module = script(name)
-        schema, _ = module.COMMANDS[arguments[0]]
-        given(arguments[1:], schema)
+        given(arguments, module.OPTIONS)
 
 
 def test_pages_have_commands_to_check() -> None:
