@@ -43,6 +43,10 @@ RECORD = np.dtype(
 """Bytes [offset, offset + length) of manifest number `file`, seconds of audio, tokens, number of the task."""
 
 VERSION = 3
+"""Of the files; another one is built again."""
+
+COUNTS_VERSION = 2
+"""Of what is counted. States of the data are bound to it: a newer one ends every run that could be resumed."""
 MOST_FILES = 2**16
 PART_BYTES = 4 * 2**20
 """What one process reads at a time, and at most what it does again after an interruption: some 20 000 lines."""
@@ -160,8 +164,8 @@ def open_index(
     if len(files) > MOST_FILES:
         raise ConfigError(f"{len(files)} files in one source; {MOST_FILES} are the most: put some of them together")
     content = text_hash(*(content_hash(file.path) for file in files))
-    fingerprint = text_hash(str(VERSION), measure_key, content)
-    folder = Path(cache_dir) / "index" / fingerprint
+    fingerprint = text_hash(str(COUNTS_VERSION), measure_key, content)
+    folder = Path(cache_dir) / "index" / f"{fingerprint}-{VERSION}"
     if not (folder / "index.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
