@@ -260,6 +260,8 @@ class StageCall:
     evaluate: list[str] = field(default_factory=list)
     decodes: bool = True
     hands_on: str = field(default="init_from", metadata={"choices": ("init_from", "model.audio_encoder")})
+    pairs: list[str] = field(default_factory=list)
+    """Options of `pairs.py sample`, by which the stage before answers first; into `pairs.jsonl` of the recipe's run."""
 
 
 @dataclass

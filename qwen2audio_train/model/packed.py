@@ -94,7 +94,7 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
         hidden = self.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
-            attention_mask={"full_attention": None},
+            attention_mask=embeds.new_empty(1, 1, 0, 0),  # with four dimensions, every family takes it as it is
             use_cache=False,
             cu_q=cu_q,
             cu_k=cu_k,

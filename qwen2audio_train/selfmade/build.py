@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen2audio_train.errors import UserError
-from qwen2audio_train.selfmade.dialogues import chat_lines, command_lines, preference_lines
+from qwen2audio_train.selfmade import piper
+from qwen2audio_train.selfmade.dialogues import (
+    chat_lines,
+    command_lines,
+    preference_lines,
+    quiet_lines,
+    text_lines,
+)
 from qwen2audio_train.selfmade.pieces import Piece, write_piece
 from qwen2audio_train.selfmade.speech import check_installed
 from qwen2audio_train.selfmade.tasks import Line, Pools, task_lines, words_of
@@ -25,6 +32,8 @@ from qwen2audio_train.selfmade.utterances import VARIANTS, Planner, Variant
 Progress = Callable[[int, int], None]
 SPLITS = ("train", "dev")
 _CARD = "corpus.json"
+ASKED = 80
+"""Dialogues, and transcriptions, to which a model's own answers are sampled for preference pairs."""
 
 
 def build(
@@ -52,7 +61,8 @@ def build(
         raise UserError(f"unknown variant {variant!r} of the self-made corpus; expected one of {', '.join(VARIANTS)}")
     check_installed()
     out = Path(out_dir)
-    key = {"variant": variant, "seed": seed, "version": _version()}
+    neural = VARIANTS[variant].piper > 0 and piper.is_installed()
+    key = {"variant": variant, "seed": seed, "version": _version(), "piper": neural}
     if (card := _card_of(out)) is not None and card.items() >= key.items():
         return card
     if out.exists() and card is None and any(out.iterdir()):
@@ -82,7 +92,9 @@ def _version() -> str:
     """Hash of everything that the result depends on: the sources and data of this package, and espeak-ng."""
     digest = hashlib.sha256(importlib.metadata.version("espeakng-loader").encode())
     folder = Path(__file__).parent
-    for path in sorted([*folder.glob("*.py"), *folder.glob("grammar/*.yaml")]):
+    for path in sorted([*folder.glob("*.py"), *folder.glob("grammar/*.yaml"), *folder.glob("texts/*")]):
+        if path.is_dir():
+            continue
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -137,10 +149,22 @@ def _manifests(pools: dict[str, Pools], variant: Variant, seed: int) -> dict[str
             manifests.setdefault(name, []).append(line)
         size = dialogues[split]
         manifests[f"sft.{split}.jsonl"] = chat_lines(pool, size, size, split == "train", seed, split)
+        if variant.quiet:
+            manifests[f"sft.{split}.jsonl"] += quiet_lines(pool)
+        if variant.texts:
+            manifests[f"text.{split}.jsonl"] = text_lines(pool)
+    if variant.texts:
+        asked = manifests["sft.train.jsonl"], manifests["pretrain.asr_en.train.jsonl"]
+        manifests["questions.train.jsonl"] = [line for lines in asked for line in _evenly(lines, ASKED)]
     manifests["commands.dev.jsonl"] = command_lines(dev)
     manifests["dpo.train.jsonl"] = preference_lines(train, variant.pairs, seed, "train")
     manifests["dpo.dev.jsonl"] = preference_lines(dev, min(variant.pairs, 150), seed, "dev")
     return manifests
+
+
+def _evenly(lines: list[Line], count: int) -> list[Line]:
+    """`count` of the lines, from all of them."""
+    return [lines[place * len(lines) // count] for place in range(min(count, len(lines)))]
 
 
 def _render(

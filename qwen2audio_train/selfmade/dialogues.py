@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen2audio_train.selfmade.draw import balanced, generator
 from qwen2audio_train.selfmade.grammar import load_yaml
-from qwen2audio_train.selfmade.pieces import Piece
+from qwen2audio_train.selfmade.pieces import SPOKEN, Piece
 from qwen2audio_train.selfmade.tasks import (
     QUESTION_KINDS,
     SENTENCES,
@@ -18,9 +18,11 @@ from qwen2audio_train.selfmade.tasks import (
     candidates,
     written_question,
 )
-from qwen2audio_train.selfmade.utterances import FACTS
+from qwen2audio_train.selfmade.utterances import FACTS, OPEN
 
 TWO_CLIPS = ("which_sound", "which_gender", "same_language")
+NOBODY_ASKED, NOBODY_ANSWER = "What does the speaker say?", "nothing was said."
+PLAIN_ASKED = "Write a sentence."
 Turn = tuple[tuple[Piece, ...], str, str]
 """Clips of a user turn, its written question ("" in voice chat) and the answer."""
 
@@ -117,6 +119,30 @@ def chat_lines(pools: Pools, voice_chat: int, analysis: int, commands: bool, see
         kind, turns = found[index]
         lines.append(_chat_line(f"analysis/{i:05d}", "analysis", "analysis", kind, turns, durations))
     return lines + (command_lines(pools) if commands else [])
+
+
+def quiet_lines(pools: Pools) -> list[Line]:
+    """Clips in which nobody speaks, in turn as voice chat and with the written question what is said."""
+    lines = []
+    for i, piece in enumerate(pools.pieces["quiet"]):
+        mode, question = ("voice_chat", "") if i // 2 % 2 else ("analysis", NOBODY_ASKED)
+        turns: list[Turn] = [((piece,), question, NOBODY_ANSWER)]
+        line = _chat_line(f"quiet/{i:05d}", "quiet", mode, piece.label, turns, pools.durations)
+        line["meta"] |= {"no_speech": True}
+        lines.append(line)
+    return lines
+
+
+def text_lines(pools: Pools) -> list[Line]:
+    """What the language model knew before it heard anything, without audio: its own answers, and plain sentences."""
+    lines: list[Line] = []
+    for piece in pools.pieces["speech"]:
+        if SPOKEN in piece.facts:
+            asked = piece.origin == OPEN
+            source, prompt = ("text_chat", piece.facts[SPOKEN]) if asked else ("plain_text", PLAIN_ASKED)
+            turns: list[Turn] = [((), prompt, piece.answer if asked else piece.facts[SPOKEN])]
+            lines.append(_chat_line(f"{source}/{piece.id}", source, "analysis", source, turns, pools.durations))
+    return lines
 
 
 def command_lines(pools: Pools) -> list[Line]:

@@ -15,9 +15,14 @@ from qwen2audio_train.selfmade import sounds
 from qwen2audio_train.selfmade.draw import generator
 from qwen2audio_train.selfmade.effects import add_noise, coloured_noise, mix, reverberate, rms, set_level
 from qwen2audio_train.selfmade.grammar import load_yaml
+from qwen2audio_train.selfmade.piper import VOICE as PIPER
+from qwen2audio_train.selfmade.piper import synthesise_piper
 from qwen2audio_train.selfmade.speech import gender_of, synthesise
 
-Kind = Literal["speech", "sound", "scene", "note", "beeps", "command"]
+Kind = Literal["speech", "sound", "scene", "note", "beeps", "command", "quiet"]
+
+SPOKEN = "spoken"
+"""Fact of a piece: its text with the punctuation that the synthesiser is to hear."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Piece:
     @property
     def gender(self) -> str:
         """`female` or `male`."""
-        return gender_of(self.voice)
+        return "male" if self.voice == PIPER else gender_of(self.voice)
 
     @property
     def file(self) -> str:
@@ -60,8 +65,11 @@ class Piece:
 
 def _speech(piece: Piece, rng: np.random.Generator) -> np.ndarray:
     """Clean speech with a rate and a pitch of its own."""
+    text = piece.facts.get(SPOKEN, piece.text)
+    if piece.voice == PIPER:
+        return synthesise_piper(text, pitch=rng.uniform(0.85, 1.15), tempo=rng.uniform(0.85, 1.25))
     rate, pitch, pitch_range = int(rng.integers(160, 201)), int(rng.integers(38, 63)), int(rng.integers(35, 66))
-    return synthesise(piece.text, piece.language, piece.voice, rate=rate, pitch=pitch, pitch_range=pitch_range)
+    return synthesise(text, piece.language, piece.voice, rate=rate, pitch=pitch, pitch_range=pitch_range)
 
 
 def _recorded(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -77,6 +85,13 @@ def _background(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A sound on its own: over a faint noise floor, so that pauses are not digital silence."""
     floor = coloured_noise(len(waveform), 1.0, rng) * np.float32(10 ** (rng.uniform(-55, -40) / 20))
     return set_level(waveform + floor, rng.uniform(-27, -18))
+
+
+def _quiet(label: str, rng: np.random.Generator) -> np.ndarray:
+    """1 to 5 s of noise, or of what a microphone gives in a silent room."""
+    loudness_db = rng.uniform(-40, -20) if label == "noise" else rng.uniform(-75, -55)
+    noise = coloured_noise(int(rng.uniform(1, 5) * SAMPLING_RATE), rng.uniform(0, 2), rng)
+    return set_level(noise, loudness_db)
 
 
 def _command(piece: Piece, rng: np.random.Generator) -> np.ndarray:
@@ -103,6 +118,8 @@ def waveform_of(piece: Piece, seed: int) -> np.ndarray:
         return _recorded(_speech(piece, rng), rng)
     if piece.kind == "command":
         return _command(piece, rng)
+    if piece.kind == "quiet":
+        return _quiet(piece.label, rng)
     if piece.kind == "sound":
         return _background(sounds.sound(piece.label, rng.uniform(1.0, 1.8), rng), rng)
     if piece.kind == "scene":

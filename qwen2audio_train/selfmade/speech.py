@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,7 @@ from qwen2audio_train.layout import SAMPLING_RATE
 
 _SYNCHRONOUS, _UTF8, _FROM_CHARACTER = 2, 1, 1  # espeak/speak_lib.h
 _RATE, _PITCH, _RANGE = 1, 3, 4
+_IPA = 2
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 LANGUAGE_VOICES = {"en": "gmw/en", "de": "gmw/de", "zh": "sit/cmn", "fr": "roa/fr", "es": "roa/es", "it": "roa/it"}
@@ -69,11 +72,7 @@ def _check(condition: bool, what: str) -> None:
 
 
 def _raw(text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> tuple[np.ndarray, int]:
-    """int16 samples and their sampling rate.
-
-    The library is loaded afresh for every call: it keeps the phases of its oscillators from one sentence to the next,
-    so that otherwise the same sentence comes out different each time.
-    """
+    """int16 samples and their sampling rate."""
     chunks: list[np.ndarray] = []
 
     def receive(samples: Any, count: int, _events: Any) -> int:
@@ -82,22 +81,46 @@ def _raw(text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> tupl
         return 0
 
     callback, encoded = _CALLBACK(receive), text.encode()
-    espeak = ctypes.CDLL(_loader().get_library_path())
-    try:
-        sampling_rate = espeak.espeak_Initialize(_SYNCHRONOUS, 500, str(_loader().get_data_path()).encode(), 0)
-        _check(sampling_rate > 0, "start")
+    with _espeak(voice) as (espeak, sampling_rate):
         espeak.espeak_SetSynthCallback(callback)
-        _check(espeak.espeak_SetVoiceByName(voice.encode()) == 0, f"find the voice {voice!r}")
         for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_RANGE, pitch_range)):
             espeak.espeak_SetParameter(parameter, value, 0)
         espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
         status = espeak.espeak_Synth(encoded, len(encoded) + 1, 0, _FROM_CHARACTER, 0, _UTF8, None, None)
         _check(status == 0, f"speak {text!r}")
+    _check(bool(chunks), f"speak {text!r} with the voice {voice!r}")
+    return np.concatenate(chunks), sampling_rate
+
+
+@contextmanager
+def _espeak(voice: str) -> Iterator[tuple[Any, int]]:
+    """The library with a voice set, and its sampling rate.
+
+    It is loaded afresh for every use: it keeps the phases of its oscillators from one sentence to the next, so that
+    otherwise the same sentence comes out different each time.
+    """
+    espeak = ctypes.CDLL(_loader().get_library_path())
+    try:
+        sampling_rate = espeak.espeak_Initialize(_SYNCHRONOUS, 500, str(_loader().get_data_path()).encode(), 0)
+        _check(sampling_rate > 0, "start")
+        _check(espeak.espeak_SetVoiceByName(voice.encode()) == 0, f"find the voice {voice!r}")
+        yield espeak, sampling_rate
         espeak.espeak_Terminate()
     finally:
         _ctypes.dlclose(espeak._handle)
-    _check(bool(chunks), f"speak {text!r} with the voice {voice!r}")
-    return np.concatenate(chunks), sampling_rate
+
+
+def phonemes(texts: Sequence[str], voice: str) -> list[str]:
+    """espeak-ng's phonemes (IPA) of each text."""
+    found = []
+    with _espeak(voice) as (espeak, _):
+        espeak.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        for text in texts:
+            left, parts = ctypes.c_char_p(text.encode()), []
+            while left.value:  # one clause at a time
+                parts.append(espeak.espeak_TextToPhonemes(ctypes.byref(left), _UTF8, _IPA).decode().strip())
+            found.append(" ".join(parts))
+    return found
 
 
 def trim(waveform: np.ndarray, *, floor_db: float = -40.0, margin_s: float = 0.05) -> np.ndarray:

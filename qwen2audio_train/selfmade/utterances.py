@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_train.selfmade.draw import balanced, generator
-from qwen2audio_train.selfmade.grammar import Grammar, Sentence, distinct, load_yaml
-from qwen2audio_train.selfmade.pieces import Piece
+from qwen2audio_train.selfmade import piper, texts
+from qwen2audio_train.selfmade.draw import balanced, generator, uniform
+from qwen2audio_train.selfmade.grammar import Grammar, Sentence, distinct, is_held_out, load_yaml
+from qwen2audio_train.selfmade.pieces import SPOKEN, Piece
 from qwen2audio_train.selfmade.sounds import SCENES, SOUNDS
 from qwen2audio_train.selfmade.speech import VOICES
 
 FACTS = ("animal", "colour", "number")
 
+OPEN = "open"
+"""Origin of a question that a language model answered."""
 
 Row = tuple[str, str, str, dict[str, str]]
 """Text, origin, answer and facts of an utterance that is still to be given a voice."""
@@ -42,6 +45,9 @@ class Variant:
     share: float = 0.55  # of the words of each category, in languages other than English
     grammars: tuple[str, ...] = ("core",)  # of English
     unseen: float = 0.15  # of the held-out sentences hold a word that training does not
+    texts: bool = False  # English from texts/ too: sentences, questions with a language model's answers
+    piper: float = 0.0  # of the English speech in training, where that voice is installed
+    quiet: int = 0  # clips in which nobody speaks
 
 
 def _counts(languages: tuple[str, ...], first: int, others: int) -> dict[str, int]:
@@ -62,6 +68,10 @@ VARIANTS = {
     "full": Variant(
         _FULL, _counts(_FULL, 16000, 5000), _counts(_FULL, 4000, 1500), 6, 6000, 3000, 3000, 1200, 2520, 1200,
         _counts(_FULL, 1000, 300), 168, 8000, 2000, share=1.0, grammars=("core", "english"), unseen=0.2,
+    ),
+    "open": Variant(
+        _DEMO, _counts(_DEMO, 400, 500), _counts(_DEMO, 50, 50), 0, 600, 240, 480, 120, 336, 240,
+        _counts(_DEMO, 60, 60), 42, 800, 200, texts=True, piper=0.3, quiet=120,
     ),
 }  # fmt: skip
 
@@ -123,6 +133,18 @@ def questions(name: str) -> list[SpokenQuestion]:
     return list(found.values())
 
 
+def _free_rows(split: str) -> list[Row]:
+    """The sentences of texts/ and its questions on one side of the split; a synthesiser needs their punctuation."""
+    found = [(text, "sentence", "") for text in texts.sentences()]
+    found += [(question, OPEN, answer) for question, answer in texts.questions()]
+    plain = {texts.plain_words(text): (text, origin, answer) for text, origin, answer in found}
+    return [
+        (words, origin, answer, {SPOKEN: text})
+        for words, (text, origin, answer) in plain.items()
+        if is_held_out(words) == (split == "dev")
+    ]
+
+
 def _spoken(rows: list[SpokenQuestion], split: str, count: int, key: str) -> list[SpokenQuestion]:
     """`count` questions of a side of the split: in training every item, held out every kind as often as the others."""
     asked = [row for row in rows if row.held_out == (split == "dev")]
@@ -139,6 +161,7 @@ class Planner:
         english = [Grammar(name) for name in variant.grammars]
         others = [Grammar(share=variant.share)]
         self.grammars = {language: english if language == "en" else others for language in variant.languages}
+        self.piper = variant.piper if piper.is_installed() else 0.0
 
     def speech(self, split: str, language: str) -> list[Piece]:
         """All plain speech of a language: words and phrases (training only), sentences, and questions in English."""
@@ -149,9 +172,12 @@ class Planner:
             asked = _spoken(questions("voice_chat"), split, count, "voice_chat")
             asked += _spoken(questions("commands"), split, count // 7, "commands")
             rows += [(row.text, row.kind, row.answer, {}) for row in asked]
+            rows += _free_rows(split) if self.variant.texts else []
         pieces = []
         for i, ((text, origin, answer, facts), voice) in enumerate(zip(rows, voices(split, language), strict=False)):
             name = f"{split}/{language}/{i:05d}"
+            if language == "en" and split == "train" and uniform("piper", self.seed, name) < self.piper:
+                voice = piper.VOICE
             pieces.append(Piece(name, "speech", text, language, voice, origin=origin, answer=answer, facts=facts))
         return pieces
 
@@ -193,6 +219,7 @@ class Planner:
         """Sounds, scenes, notes and beeps: every label as often as the others."""
         variant, names = self.variant, load_yaml("dialogues")["names"]
         counts = {"sound": variant.sounds, "scene": variant.scenes, "note": variant.notes, "beeps": variant.beeps}
+        counts |= {"quiet": variant.quiet} if variant.quiet else {}
         if split == "dev":
             counts = dict.fromkeys(counts, variant.held_out_other)
         labels: dict[str, list[tuple[str, str]]] = {
@@ -200,6 +227,7 @@ class Planner:
             "scene": [(name, "") for name in SCENES],
             "note": [(instrument, note) for note in names["notes"] for instrument in names["instruments"]],
             "beeps": [(str(number), "") for number in range(1, 6)],
+            "quiet": [("silence", ""), ("noise", "")],
         }
         pieces = []
         for kind, count in counts.items():

@@ -129,6 +129,8 @@ def run_stages(recipe: RecipeConfig, compose: Compose, launch_folder: Path) -> d
             ledger.entries[name] = entry = Entry(digests[name])
         if not entry.trained:
             with ledger.timed(entry, "train"):
+                if recipe.stages[name].pairs:
+                    run_script(launch_folder / "pairs.py", _sampling(recipe, name), recipe.nproc_per_node)
                 run_script(launch_folder / f"{name}.py", overrides[name], recipe.nproc_per_node)
                 entry.trained = True
         evaluation = _evaluation(recipe, name)
@@ -181,6 +183,13 @@ def _evaluation(recipe: RecipeConfig, name: str) -> list[str]:
     folder = f"{recipe.run_dir}/{name}"
     place = [f"checkpoint={folder}", f"output_dir={folder}/evaluation", f"seed={recipe.seed}"]
     return [*place, *recipe.evaluate, *recipe.stages[name].evaluate]
+
+
+def _sampling(recipe: RecipeConfig, name: str) -> list[str]:
+    """Arguments of `pairs.py`: answers of the stage before `name`, paired in the recipe's run folder."""
+    names = list(recipe.stages)
+    place = [f"checkpoint={recipe.run_dir}/{names[names.index(name) - 1]}", f"output={recipe.run_dir}/pairs.jsonl"]
+    return ["sample", *place, f"seed={recipe.seed}", *recipe.stages[name].pairs]
 
 
 def _hash(text: str) -> str:

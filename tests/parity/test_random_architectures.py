@@ -29,6 +29,7 @@ def architecture(draw: random.Random) -> dict[str, Any]:
         "text__num_hidden_layers": draw.randint(1, 3),
         "text__intermediate_size": draw.choice([24, 56]),
         "text__rope_parameters": {"rope_type": "default", "rope_theta": draw.choice([1e4, 1e6])},
+        "text__model_type": draw.choice(["qwen2", "llama"]),
     }
 
 

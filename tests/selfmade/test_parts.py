@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from qwen2audio_train.layout import SAMPLING_RATE
-from qwen2audio_train.selfmade import effects, sounds
+from qwen2audio_train.selfmade import effects, piper, sounds, texts
 from qwen2audio_train.selfmade.build import _manifests, _plan
 from qwen2audio_train.selfmade.draw import balanced, generator
 from qwen2audio_train.selfmade.grammar import Grammar, load_yaml
-from qwen2audio_train.selfmade.tasks import Pools, words_of
+from qwen2audio_train.selfmade.pieces import SPOKEN
+from qwen2audio_train.selfmade.speech import phonemes
+from qwen2audio_train.selfmade.tasks import Line, Pools, words_of
 from qwen2audio_train.selfmade.utterances import VARIANTS, Planner, questions
 
 TABLE = [
@@ -218,3 +220,81 @@ def test_sounds_differ_more_between_than_within() -> None:
         tests += [(name, one) for one in prints[6:]]
     right = [min(means, key=lambda other: float(np.sum((means[other] - one) ** 2))) == name for name, one in tests]
     assert np.mean(right) > 0.9
+
+
+def test_sentences_that_cannot_be_read_aloud_are_left_out() -> None:
+    text = '1. **Go home** now, please.\nIn 1990 it rained. "Who’s there now?" he asked quietly. Go. It has no stop'
+    assert list(texts.sentences_of(text)) == ["Go home now, please.", "Who's there now?", "he asked quietly."]
+    assert texts.plain_words("Don't go, well-known man!") == "don't go well known man"
+
+
+def test_an_answer_is_one_short_sentence_or_none() -> None:
+    assert texts.answer_of("Dogs eat meat. They bark.") == "Dogs eat meat."
+    assert texts.answer_of("In 1990, it rained.") is None
+    assert texts.answer_of("word " * 30 + ".") is None
+
+
+@pytest.fixture(scope="module")
+def opened() -> tuple[dict[str, Pools], dict[str, list[Line]]]:
+    """Pools and manifests of the variant `open`, every clip taken for one second long."""
+    variant = VARIANTS["open"]
+    plan = {split: _plan(variant, 0, split) for split in ("train", "dev")}
+    pools = {
+        split: Pools(pieces, {piece.id: 1.0 for kind in pieces.values() for piece in kind})
+        for split, pieces in plan.items()
+    }
+    return pools, _manifests(pools, variant, 0)
+
+
+def test_free_text_is_split_by_its_words(opened: tuple[dict[str, Pools], dict[str, list[Line]]]) -> None:
+    said = {
+        split: {piece.text for piece in pool.pieces["speech"] if SPOKEN in piece.facts}
+        for split, pool in opened[0].items()
+    }
+    assert not said["train"] & said["dev"]
+    share = len(said["dev"]) / (len(said["train"]) + len(said["dev"]))
+    assert 0.12 < share < 0.18
+    assert all(text == texts.plain_words(text) for text in said["dev"])
+
+
+def test_the_natural_voice_is_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {}
+    for installed in (False, True):
+        monkeypatch.setattr(piper, "is_installed", lambda answer=installed: answer)
+        planner = Planner(VARIANTS["open"], 0)
+        for split in ("train", "dev"):
+            spoken = planner.speech(split, "en")
+            counts[installed, split] = sum(piece.voice == piper.VOICE for piece in spoken) / len(spoken)
+    assert counts[False, "train"] == counts[False, "dev"] == counts[True, "dev"] == 0
+    assert abs(counts[True, "train"] - 0.3) < 0.04
+
+
+def test_text_is_replayed_without_audio_and_silence_has_an_answer(
+    opened: tuple[dict[str, Pools], dict[str, list[Line]]],
+) -> None:
+    manifests = opened[1]
+    for line in manifests["text.train.jsonl"]:
+        assert [part["type"] for part in line["messages"][0]["content"]] == ["text"]
+    assert {line["source"] for line in manifests["text.dev.jsonl"]} == {"text_chat", "plain_text"}
+    quiet = [line for line in manifests["sft.train.jsonl"] if line["source"] == "quiet"]
+    assert len(quiet) == VARIANTS["open"].quiet
+    assert {(line["mode"], line["meta"]["kind"]) for line in quiet} == {
+        (mode, kind) for mode in ("voice_chat", "analysis") for kind in ("silence", "noise")
+    }
+    assert all(line["meta"]["no_speech"] for line in quiet)
+
+
+def test_phonemes_come_clause_by_clause() -> None:
+    assert phonemes(["hello. how are you?", "yes"], "gmw/en-US") == ["həlˈoʊ hˈaʊ ɑːɹ juː", "jˈɛs"]
+
+
+@pytest.mark.skipif(not piper.is_installed(), reason="the extra piper is not installed")
+def test_the_natural_voice_says_the_same_twice_and_a_higher_pitch_is_heard() -> None:
+    low, high = (piper.synthesise_piper("we sell nine lamps.", pitch=pitch) for pitch in (0.9, 1.15))
+    assert np.array_equal(low, piper.synthesise_piper("we sell nine lamps.", pitch=0.9))
+    assert abs(len(low) / len(high) - 1) < 0.1  # the pitch alone changes, not the tempo
+    centroids = [
+        float((np.abs(np.fft.rfft(wave)) * np.fft.rfftfreq(len(wave))).sum() / np.abs(np.fft.rfft(wave)).sum())
+        for wave in (low, high)
+    ]
+    assert centroids[1] > 1.05 * centroids[0]

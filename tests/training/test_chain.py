@@ -85,6 +85,16 @@ def test_a_stage_says_by_which_key_the_next_one_starts_from_it(tmp_path: Path) -
         assert f"{key}={tmp_path}/encoder" in stage_overrides(recipe, "pretrain", "encoder")
 
 
+def test_the_stage_before_answers_for_the_pairs_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(chain, "run_script", lambda script, overrides, ranks: found.append((script.stem, overrides)))
+    stages = {"sft": {"decodes": False}, "dpo": {"decodes": False, "pairs": ["num_answers=3"]}}
+    go(recipe_of(tmp_path, stages=stages, seed=4))
+    assert [name for name, _ in found] == ["sft", "pairs", "dpo"]
+    place = [f"checkpoint={tmp_path}/sft", f"output={tmp_path}/pairs.jsonl"]
+    assert found[1][1] == ["sample", *place, "seed=4", "num_answers=3"]
+
+
 def test_finished_stages_are_not_run_again(calls: Calls, tmp_path: Path) -> None:
     go(recipe_of(tmp_path))
     calls.clear()

@@ -236,7 +236,7 @@ def _decode_rows(
     for step in range(decoding.max_new_tokens):
         hidden = model.model.language_model(
             inputs_embeds=embeds,
-            attention_mask={"full_attention": _attended(mask, embeds.size(1))},
+            attention_mask=_attended(mask, embeds.size(1)),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
