@@ -37,15 +37,16 @@ def main(whisper: str, manifests: list[str]) -> None:
                 features,
                 decoder_input_ids=torch.tensor([tokenizer.convert_tokens_to_ids(prompt)]),
                 max_length=224,
-            )[0, len(prompt) :]
-        said = tokenizer.decode(ids, skip_special_tokens=True)
+            )[0]  # without the prompt
+        said = str(tokenizer.decode(ids, skip_special_tokens=True))
         texts[example.source, example.language].append((example.target, said))
-    for (source, language), pairs in texts.items():
-        references, said = zip(*pairs, strict=True)
-        score = error_rate(references, said, language)
-        characters = jiwer.cer(*([normalise(text, language) for text in side] for side in (references, said)))
+    for (source, language), rows in texts.items():
+        references, hypotheses = [row[0] for row in rows], [row[1] for row in rows]
+        score = error_rate(references, hypotheses, language)
+        plain = [[normalise(text, language) for text in side] for side in (references, hypotheses)]
         interval = f"[{score.low:.1%}, {score.high:.1%}]"
-        print(f"{source} {language} {score.metric} {score.value:.1%} {interval} n={score.n}; cer {characters:.1%}")
+        print(f"{source} {language} {score.metric} {score.value:.1%} {interval} n={score.n}; cer ", end="")
+        print(f"{jiwer.cer(plain[0], plain[1]):.1%}")
 
 
 if __name__ == "__main__":
