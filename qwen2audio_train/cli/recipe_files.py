@@ -11,6 +11,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
+from typing_extensions import override
 
 from qwen2audio_train.config.as_written import load_yaml
 from qwen2audio_train.config.keys import type_at
@@ -20,6 +21,7 @@ from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, RecipeC
 class RecipeFiles(FileConfigSource):
     """Hydra's source of YAML files, with every file read against the part of the schema that it fills."""
 
+    @override
     def load_config(self, config_path: str) -> ConfigResult:
         """The file of `config_path`, such as `data/selfmade`."""
         result = super().load_config(config_path)

@@ -22,6 +22,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from typing_extensions import override
 
 from qwen2audio_train.layout import MIN_FRAMES, mel_columns, num_audio_tokens
 from qwen2audio_train.model.attention import PACKED_ATTENTION, register_packed_attention
@@ -53,6 +54,7 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
     encoder_cache: EncoderCache | None = None
     """Outputs of the frozen tower on disk, if the run keeps them."""
 
+    @override
     def forward(self, *args: Any, cu_q: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         """Stock forward, or with `cu_q` the packed one: see `forward_packed`."""
         if cu_q is None:
@@ -193,6 +195,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         self.ctc_head = head
         self._keys_to_ignore_on_save = {f"ctc_head.{name}" for name in head.state_dict()}
 
+    @override
     def forward(self, *args: Any, cu_q: Tensor | None = None, **kwargs: Any) -> Any:
         """Stock forward, or with `cu_q` the loss of a packed batch: see `forward_packed`."""
         if cu_q is None:
@@ -254,6 +257,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         embed = self.get_input_embeddings()
         return cast(Tensor, self.ctc_head(audio, _lengths(clip_frames), transcript, transcript_length, embed, others))
 
+    @override
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Stock, then off again in the parts that were not asked for: see `activation_checkpointing`."""
         if self.checkpoint_function is not None:
@@ -264,6 +268,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
                 if isinstance(module, GradientCheckpointingLayer):
                     module.gradient_checkpointing = False
 
+    @override
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+from typing_extensions import override
 
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import ChatExample, Example, PreferenceExample, UnpairedExample
@@ -141,6 +142,7 @@ class HeldOutGuard(TrainerCallback):
         self.patience = patience
         self.sign = 1.0 if greater_is_better else -1.0
 
+    @override
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
 
 from qwen2audio_train.config.schema import StageConfig, WandbMode
 
@@ -22,6 +23,7 @@ class JsonlLog(TrainerCallback):
         self.stage = stage
         self.started = time.time()
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -32,6 +34,7 @@ class JsonlLog(TrainerCallback):
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(kept) if state.global_step else "")
 
+    @override
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
@@ -50,16 +53,19 @@ class Progress(TrainerCallback):
         self.stage = stage
         self.bar: tqdm[Any] | None = None
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, dynamic_ncols=True)
 
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
 
+    @override
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
@@ -72,6 +78,7 @@ class Progress(TrainerCallback):
         elif "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
+    @override
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -88,6 +95,7 @@ class Wandb(TrainerCallback):
         self.settings = settings
         self.run: Any = None
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -105,12 +113,14 @@ class Wandb(TrainerCallback):
             config=self.settings,
         )
 
+    @override
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if self.run is not None and logs:
             self.run.log(logs, step=state.global_step)
 
+    @override
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

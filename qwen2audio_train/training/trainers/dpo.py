@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
+from typing_extensions import override
 
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.config.schema import ConfigError
@@ -54,6 +55,7 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
         super().__init__(model, reference=reference, ref_model=ref_model, **kwargs)
         self.precompute_ref_logps = cache is not None
 
+    @override
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As `PreferenceTrainer.compute_loss`, with the reference from the store where there is one.
 

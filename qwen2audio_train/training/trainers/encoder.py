@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
+from typing_extensions import override
 
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.recogniser import Recogniser
@@ -35,12 +36,14 @@ class EncoderTrainer(PackedTrainer, Trainer):
         model: Any = self.model
         return model
 
+    @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Summed loss x ranks / tokens of the whole step; nothing divides again."""
         return model(**inputs) * (self.args.world_size / num_items_in_batch.clamp(min=1e-8))
 
+    @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
+from typing_extensions import override
 
 from qwen2audio_train.config.reinforcement import GrpoConfig
 from qwen2audio_train.data.examples import Example
@@ -65,6 +66,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
+    @override
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one step: prompts are read, answered, scored, and laid out as trees.
 
@@ -171,6 +173,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         with model.disable_adapter():
             yield model
 
+    @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -232,6 +235,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         total, number = self.tally.get(name, (0.0, 0.0))
         self.tally[name] = (total + value, number + count)
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the sampled completions since the last line, over all ranks."""
         if "loss" in logs and self.tally:
@@ -241,6 +245,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
             self.tally = {}
         super().log(logs, start_time)
 
+    @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from trl import KTOTrainer
+from typing_extensions import override
 
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.training.reference.reference import resolve_reference
@@ -45,6 +46,7 @@ class AudioKTOTrainer(PreferenceTrainer, KTOTrainer):
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means
 
+    @override
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor | None:
         """TRL's, on the rows of the answers that do not belong."""
         foreign = {"scatter": batch["KL_scatter"]} if self.calculate_KL else {}

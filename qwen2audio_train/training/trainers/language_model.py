@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer
+from typing_extensions import override
 
 from qwen2audio_train.training.trainers.packed import PackedTrainer
 
@@ -20,6 +21,7 @@ class AudioTrainer(PackedTrainer, Trainer):
         super().__init__(*args, **kwargs)
         self.sums = torch.zeros(len(sources), 3, dtype=torch.float64)
 
+    @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -38,6 +40,7 @@ class AudioTrainer(PackedTrainer, Trainer):
         rows = torch.stack((output.nll.double(), output.correct.double(), torch.ones_like(output.nll).double()), 1)
         sums.index_add_(0, source_id.cpu(), rows.cpu())
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._per_source("", self.sources, self.sum_over_ranks(self.sums))
@@ -56,6 +59,7 @@ class AudioTrainer(PackedTrainer, Trainer):
                 figures[f"{prefix}loss/{name}"] = round(source_nll / labels, 5)
         return figures
 
+    @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

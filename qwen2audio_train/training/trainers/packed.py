@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
+from typing_extensions import override
 
 from qwen2audio_train.config.schema import OptimizerConfig
 from qwen2audio_train.data.loading.base import BatchLoader
@@ -101,6 +102,7 @@ class PackedTrainer(ResumedTrainer):
         # The loss is divided in compute_loss, once; this keeps every supported Trainer from dividing it again.
         self.model_accepts_loss_kwargs = True
 
+    @override
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `trainer.optim` over groups with a learning rate per module."""
         if self.optimizer is None:
@@ -109,10 +111,12 @@ class PackedTrainer(ResumedTrainer):
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
+    @override
     def get_train_dataloader(self) -> Any:
         """The packs of this rank, as they are: `accelerator.prepare` would deal them out a second time."""
         return self.loader
 
+    @override
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """All micro-batches of one step on this rank, and the sum of the step's weights over all ranks.
 
@@ -158,6 +162,7 @@ class PackedTrainer(ResumedTrainer):
         head = unwrap(self.model).ctc_head
         return None if head is None else head.draw(count, self.args.seed * 2**32 + self.state.global_step)
 
+    @override
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate assumes dense rows; the cost model counts what a packed step really does."""
         return 0
@@ -179,6 +184,7 @@ class PackedTrainer(ResumedTrainer):
 
     # Log --------------------------------------------------------------------------------------------------------------
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput and the loader's own figures to a training log line.
 
@@ -202,6 +208,7 @@ class PackedTrainer(ResumedTrainer):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
+    @override
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint aside, seal it, then drop the oldest.
 

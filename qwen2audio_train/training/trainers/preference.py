@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
+from typing_extensions import override
 
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.data.loading.indexed import PackLoader
@@ -111,6 +112,7 @@ class PreferenceTrainer(PackedTrainer):
         counts = super()._count(batches, device)
         return dataclasses.replace(counts, weight=counts.pairs)
 
+    @override
     def compute_loss(
         self,
         model: Any,
@@ -170,6 +172,7 @@ class PreferenceTrainer(PackedTrainer):
         sums = self.sum_over_ranks(torch.stack([tally[name] for name in names]))
         return {name: float(total / weight) for name, (total, weight) in zip(names, sums, strict=True) if weight > 0}
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand the means to TRL's own log."""
         mode = "train" if self.model.training else "eval"
@@ -180,6 +183,7 @@ class PreferenceTrainer(PackedTrainer):
         self._metrics[mode] = defaultdict(list, {name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
+    @override
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

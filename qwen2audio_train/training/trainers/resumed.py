@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from typing_extensions import override
 
 from qwen2audio_train.model.adapters import adapter_names
 from qwen2audio_train.model.ctc import HEAD_FILE
@@ -34,13 +35,16 @@ class ResumedTrainer(Trainer):
     loader: Any
     files: Any
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing here: weights are restored after wrapping, at one place for every backend (`_restore`)."""
 
+    @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             super()._load_rng_state(str(Path(checkpoint) / "rng"))
 
+    @override
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
@@ -53,6 +57,7 @@ class ResumedTrainer(Trainer):
             self.state.init_training_references(self, max_steps, epochs, trial)
         return found
 
+    @override
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
+from typing_extensions import override
 
 from qwen2audio_train.model.ctc import HEAD
 from qwen2audio_train.training.checkpoints.restore import SavedWeights, whole_state
@@ -52,6 +53,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         counts = super()._count(batches, device)
         return dataclasses.replace(counts, weight=counts.spoken)
 
+    @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -61,6 +63,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         loss = output.ctc_sum * (self.args.world_size / num_items_in_batch.clamp(min=1e-8))
         return (loss, output) if return_outputs else loss
 
+    @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
