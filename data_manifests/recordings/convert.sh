@@ -26,9 +26,6 @@ for mapping in data_manifests/recordings/*.yaml; do
     done
 done
 
-# For the warm-up every target is read off the clip, as a transcript is.
-sed 's/"task": "[a-z0-9]*"/"task": "asr"/' "$out/train.jsonl" > "$out/read.train.jsonl"
-
 for split in train dev; do
     "$python" launch/data.py chat "manifests=[$out/$split.jsonl]" "output=$out/chat.$split.jsonl"
     "$python" launch/pairs.py rules "manifests=[$out/$split.jsonl]" "output=$out/pairs.$split.jsonl" "rules=[other_clip]"

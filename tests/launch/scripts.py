@@ -24,6 +24,7 @@ SCHEMAS: dict[str, Any] = {
     "export": ExportConfig,
     "recipe": RecipeConfig,
     "recipe_recordings": RecipeConfig,
+    "recipe_small": RecipeConfig,
 }
 
 
