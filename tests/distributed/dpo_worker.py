@@ -31,7 +31,13 @@ ZERO_3 = {
     "bf16": {"enabled": False},
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
-    "zero_optimization": {"stage": 3, "overlap_comm": False, "contiguous_gradients": True},
+    # Every tensor is cut up, however small.
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "stage3_param_persistence_threshold": 0,
+    },
 }
 
 

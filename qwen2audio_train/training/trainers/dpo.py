@@ -10,6 +10,7 @@ Shape legend: B pairs of a micro-batch, T tokens of the longest answer plus one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -78,12 +79,12 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
         """
         if self.cache is None or self.state.global_step > 0:
             raise ValueError("precompute_reference needs a trainer with a cache, before its first step")
-        model = self.ref_model or self._inference_model()
-        for batch in batches:
-            inputs = self._prepare_inputs(batch)
-            _, found = self.cache.lookup(inputs["pair_key"])
-            if self._any_rank_lacks(found, inputs):
-                self._store(self.cache, inputs, found, self._recompute(model, inputs))
+        with nullcontext(self.ref_model) if self.ref_model else self._inference_model() as model:
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                _, found = self.cache.lookup(inputs["pair_key"])
+                if self._any_rank_lacks(found, inputs):
+                    self._store(self.cache, inputs, found, self._recompute(model, inputs))
         self.cache.close()
         return len(self.cache)
 

@@ -17,12 +17,12 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
-from trl.models import prepare_deepspeed
 from trl.trainer.utils import use_adapter
 from typing_extensions import override
 
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.data.loading.indexed import PackLoader
+from qwen2audio_train.training.checkpoints.restore import whole
 from qwen2audio_train.training.reference.reference import (
     REFERENCE_ADAPTER,
     adapter_left_as_it_is,
@@ -67,7 +67,6 @@ class PreferenceTrainer(PackedTrainer):
     loss_is_scaled_for_ga: Any = True  # compute_loss divides by the pairs of the whole step
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    _precompute_engine: Any
 
     def __init__(
         self,
@@ -188,22 +187,22 @@ class PreferenceTrainer(PackedTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss and TRL's metrics over the held-out pairs: every rank runs its own batches, sums are joined once."""
-        model = self._inference_model()
-        was_training = model.training
-        model.eval()
-        batches = self.held_out()
-        for batch in batches:
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs)
-            self._tally("eval", "loss", float(loss), float(inputs["pair_weight"].sum()))
-        figures = self._means("eval")
-        for probe in self.probes:
-            figures |= probe(self)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        metrics |= self.held_out_counts(batches, metric_key_prefix)
-        self.log(metrics)
-        model.train(was_training)
+        with self._inference_model() as model:
+            was_training = model.training
+            model.eval()
+            batches = self.held_out()
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, inputs)
+                self._tally("eval", "loss", float(loss), float(inputs["pair_weight"].sum()))
+            figures = self._means("eval")
+            for probe in self.probes:
+                figures |= probe(self)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+            metrics |= self.held_out_counts(batches, metric_key_prefix)
+            self.log(metrics)
+            model.train(was_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -217,12 +216,19 @@ class PreferenceTrainer(PackedTrainer):
             raise ValueError("evaluation needs held-out pairs: give the trainer `eval_batches`")
         return self.eval_batches()
 
-    def _inference_model(self) -> Any:
-        """The policy as it can be run now: in training as it is wrapped, before that inside an engine of its own."""
-        if self.is_in_train or not self.is_deepspeed_enabled:
-            return self.model_wrapped
-        self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
-        return self._precompute_engine
+    @contextmanager
+    def _inference_model(self) -> Iterator[Any]:
+        """The policy as it can be run now: as it is wrapped for training, before that by itself.
+
+        Under DeepSpeed it is whole and on its device for that time: an engine before the one that trains would leave
+        its hooks behind, and ZeRO-3 would lose count of what it has gathered.
+        """
+        if not self.is_deepspeed_enabled or self.model_wrapped is not self.model:
+            yield self.model_wrapped
+            return
+        device = self.args.device
+        with whole(self.model.parameters()), torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+            yield self.model.to(device)
 
     @contextmanager
     def reference_model(self) -> Iterator[Any]:
