@@ -181,3 +181,19 @@ def test_a_kaldi_folder_becomes_a_manifest(tmp_path: Path, write_tone: Tone) -> 
         "language": "en",
         "target": "world",
     }
+
+
+def test_nothing_written_is_an_error_that_says_why(options: ConvertOptions, write_tone: Tone) -> None:
+    write_tone("a.wav", seconds=0.5)
+    table = Path(options.input)
+    table.write_text("id,path,text,lang,split\nu1,a.wav,x,en,1\n")
+    options.where, options.num_workers = {"split": "01"}, 1
+    with pytest.raises(ConfigError, match=r"no row has where\.split=01; the column has '1' \(1\)"):
+        convert(options)
+    table.write_text("id,path,text,lang,split\n")
+    with pytest.raises(ConfigError, match="it holds no rows"):
+        convert(options)
+    options.where = {}
+    options.constants, options.columns = {"task": "asr"}, COLUMNS | {"start_s": "split"}
+    table.write_text("id,path,text,lang,split\nu1,a.wav,x,en,0.49\nu2,a.wav,x,en,0.1\n")
+    assert "from 0.49 s on no clip of at least 0.04 s is left" in convert(options).errors[0]
