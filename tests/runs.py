@@ -22,7 +22,7 @@ from qwen2audio_train.training.stages.run import fit, open_run
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer
 from qwen2audio_train.training.trainers.packed import PackedTrainer
 from tests.noise import WORDS
-from tests.parts import write_language_model, write_whisper
+from tests.tiny_parts import write_language_model, write_whisper
 
 ARCHITECTURE = {
     "audio_config": {

@@ -25,6 +25,7 @@ CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((RECIPES / 
 
 COMPANIONS = {
     "model=assembled": ["deepspeed=zero2"],
+    "model=assembled_qwen2_5_7b": ["deepspeed=zero2"],
     "model=qwen2_audio_7b": ["deepspeed=zero2"],
     "model=qwen2_audio_7b_instruct": ["deepspeed=zero2"],
     "deepspeed=zero2_offload": ["trainer.optim=adamw_torch"],

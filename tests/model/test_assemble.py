@@ -20,7 +20,7 @@ from qwen2audio_train.layout import AUDIO_TOKEN, SPECIAL_TOKENS
 from qwen2audio_train.model.build import add_special_tokens, build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from tests.model.rows import slot
-from tests.parts import TEXT, VOCAB, write_language_model, write_whisper
+from tests.tiny_parts import TEXT, VOCAB, write_language_model, write_whisper
 
 
 def tokenizer(words: int) -> PreTrainedTokenizerFast:
