@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.PHONY: help install demo test test-fast lint format typecheck check clean
+.PHONY: help install demo test test-fast lint format typecheck check docs-keys clean
 
 install: $(STAMP) ## the environment in .venv
 
@@ -54,6 +54,9 @@ typecheck: install ## mypy
 	$(BIN)/mypy
 
 check: lint typecheck test ## what CI runs
+
+docs-keys: install ## docs/config_keys.md from the schema
+	$(BIN)/python launch/keys.py > docs/config_keys.md
 
 clean:
 	rm -rf $(VENV) data_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

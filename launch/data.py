@@ -8,9 +8,8 @@
     python launch/data.py shard   manifests=[train.jsonl] output=shards shard_mib=512
     python launch/data.py show    manifest=train.jsonl example=utt-0001 image=mel.png
 
-The keys of a command are the fields of its options (ConvertOptions, ChatOptions, CheckOptions, IndexOptions,
-ShardOptions, ShowOptions); a YAML file may hold any of them, and keys on the command line win. After Ctrl-C convert,
-check, index and shard go on where they stopped.
+`launch/data.py COMMAND --help` lists the keys of a command; a YAML file may hold any of them, and keys on the command
+line win. After Ctrl-C convert, check, index and shard go on where they stopped.
 """
 
 from __future__ import annotations

@@ -12,15 +12,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qwen2audio_train.cli.compose import given
+from qwen2audio_train.cli.compose import HELP, given
 from qwen2audio_train.cli.door import door
+from qwen2audio_train.cli.help import script_help
 from qwen2audio_train.parts.fetch import PartsOptions, bring
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 where the command line is wrong or a part cannot be had."""
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__)
+    if arguments and arguments[0] in HELP:
+        print(script_help(__doc__, PartsOptions))
         return 0
     with door():
         bring(given(arguments, PartsOptions))

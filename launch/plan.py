@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from qwen2audio_train.cli.compose import RECIPES, compose, given
+from qwen2audio_train.cli.compose import HELP, RECIPES, compose, given
 from qwen2audio_train.cli.door import door
+from qwen2audio_train.cli.help import script_help
 from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig
 from qwen2audio_train.planning.dry_run import print_plan
@@ -47,8 +48,8 @@ def parse(arguments: Sequence[str]) -> tuple[StageConfig, PlanOptions]:
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 where the command line is wrong."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+    if not arguments or arguments[0] in HELP:
+        print(script_help(__doc__, PlanOptions))
         return 0 if arguments else 2
     with door():
         config, options = parse(arguments)

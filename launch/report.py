@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qwen2audio_train.cli.compose import given
+from qwen2audio_train.cli.compose import HELP, given
 from qwen2audio_train.cli.door import door
+from qwen2audio_train.cli.help import script_help
 from qwen2audio_train.evaluation.reporting.write import ReportOptions, write_results
 
 OPTIONS = ReportOptions
@@ -21,8 +22,8 @@ OPTIONS = ReportOptions
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0, or 2 where the command line or a folder is wrong."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+    if not arguments or arguments[0] in HELP:
+        print(script_help(__doc__, OPTIONS))
         return 0 if arguments else 2
     with door():
         print(write_results(given(arguments, OPTIONS)))

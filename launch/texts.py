@@ -37,8 +37,15 @@ class TextOptions:
     """Where the language model is, where its text goes, and how much is sampled.
 
     Attributes:
+        language_model: folder or hub id of the model that writes.
+        output: file to write.
+        seed: of sampling.
         requests: so many requests (a style, a topic) are put to the model; each is answered by one text.
-        max_new_tokens: longest text in tokens; max_answer_tokens: longest answer to a question.
+        max_new_tokens: longest text in tokens.
+        max_answer_tokens: longest answer to a question.
+        temperature: of sampling.
+        top_p: nucleus that is sampled from.
+        num_threads: CPU threads; 0 leaves torch's choice.
     """
 
     language_model: str = "parts/smollm2_135m_instruct"

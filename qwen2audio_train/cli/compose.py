@@ -23,12 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 
 import qwen2audio_train
 from qwen2audio_train.cli.door import door
+from qwen2audio_train.cli.help import recipe_help
 from qwen2audio_train.cli.recipe_files import keep_text_in_recipes
 from qwen2audio_train.config.as_written import load_yaml
 from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.keys import type_at
-from qwen2audio_train.config.schema import ConfigError, RecipeConfig, Schema, StageConfig, load_config
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import ConfigError, Schema, StageConfig, load_config
 
+HELP = {"-h", "--help"}
 SWEEP = {"-m", "--multirun"}
 """Options of Hydra's with which a comma in a value separates runs."""
 
@@ -55,6 +58,9 @@ def launch(main: Callable[[Schema], None], root: str, schema: type[Schema]) -> N
 
     What a user can mend is printed without a traceback; see `door`.
     """
+    if HELP & set(sys.argv[1:]):
+        print(recipe_help(main.__globals__["__doc__"], schema, RECIPES, root))
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra cuts tracebacks short and prints errors in its own way
 
     @hydra.main(version_base=None, config_path=str(RECIPES), config_name=root)

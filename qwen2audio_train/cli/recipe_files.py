@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from qwen2audio_train.config.as_written import load_yaml
 from qwen2audio_train.config.keys import type_at
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, RecipeConfig, StageConfig
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
 
 
 class RecipeFiles(FileConfigSource):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,6 +17,11 @@ def at_least(least: float, default: float | None, most: float | None = None) -> 
     list or the keys of a mapping, or for a single word.
     """
     return dataclasses.field(default=default, metadata={"least": least, "most": most})
+
+
+def processors() -> Any:
+    """A dataclass field for so many processes, by default as many as the machine has processors."""
+    return dataclasses.field(default=os.cpu_count() or 1, metadata={"default": "number of processors"})
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -68,7 +68,15 @@ class WandbMode(StrEnum):
 
 @dataclass
 class FreezeConfig:
-    """Which parts of the model keep their weights."""
+    """Which parts of the model keep their weights.
+
+    Attributes:
+        audio_tower: the encoder.
+        multi_modal_projector: the layer between encoder and language model.
+        language_model: the decoder layers.
+        embed_tokens: the token embeddings.
+        lm_head: the output layer.
+    """
 
     audio_tower: bool = False
     multi_modal_projector: bool = False
@@ -87,13 +95,14 @@ class ModelConfig:
     """Where the weights come from and which parts are trained.
 
     Attributes:
-        kind: `released` (a Qwen2-Audio checkpoint), `assembled` (a Whisper encoder and a Qwen language model) or
-            `tiny` (random weights from `architecture`).
+        kind: `released` (a Qwen2-Audio checkpoint), `assembled` (a Whisper encoder and a Qwen language model) or `tiny`
+            (random weights from `architecture`).
         path: hub id or folder of a released checkpoint, and of its processor.
         audio_encoder: hub id or folder of the Whisper model of an assembled one; run folder of the stage `encoder`
             whose tower a tiny one starts with.
         language_model: hub id or folder of the language model of an assembled one.
         architecture: `audio_config` and `text_config` numbers; they size the model in a dry run, and build a tiny one.
+        num_mel_bins: mel bins of a model built from `architecture`; a loaded one says its own.
         vocab_size: size of the byte-level BPE that is fitted on the training text of a tiny model.
         dtype: type of the stored weights; mixed precision is `trainer.bf16`.
         freeze: parts that are not trained.
@@ -122,7 +131,18 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """Low-rank adaptation; `modules` names the parts whose linear layers get an adapter."""
+    """Low-rank adaptation; `modules` names the parts whose linear layers get an adapter.
+
+    Attributes:
+        kind: `none`, `lora`, or `qlora` (LoRA on a language model in 4 bits).
+        r: rank.
+        alpha: the adapter's output is scaled by alpha / r (with `use_rslora` by alpha / sqrt(r)).
+        dropout: probability of dropout before the adapter.
+        use_dora: weight-decomposed adaptation (DoRA, arXiv:2402.09353).
+        use_rslora: rank-stabilised scaling (arXiv:2312.03732).
+        modules: parts whose linear layers get an adapter.
+        modules_to_save: parts that are trained in full and saved beside the adapter.
+    """
 
     kind: AdapterKind = AdapterKind.none
     r: int = at_least(1, 16)
@@ -150,7 +170,14 @@ class OptimizerConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """ZeRO stage (null: no DeepSpeed), what is offloaded to the host, and keys handed on to DeepSpeed as they are."""
+    """ZeRO stage (null: no DeepSpeed), what is offloaded to the host, and keys handed on to DeepSpeed as they are.
+
+    Attributes:
+        stage: of ZeRO, 0 to 3; unset: no DeepSpeed.
+        offload_optimizer: keep the optimizer's state in the host's memory.
+        offload_parameters: keep the parameters there (ZeRO-3).
+        extra: keys of DeepSpeed's own config, handed on as they are.
+    """
 
     stage: int | None = at_least(0, None, 3)
     offload_optimizer: bool = False
@@ -160,7 +187,13 @@ class DeepSpeedConfig:
 
 @dataclass
 class TrackerConfig:
-    """Weights & Biases; `auto` is online when an API key is set and off otherwise. `log.jsonl` is always written."""
+    """Weights & Biases; `auto` is online when an API key is set and off otherwise. `log.jsonl` is always written.
+
+    Attributes:
+        wandb: `auto` is online when an API key is set and off otherwise; `online`, `offline`, `off`.
+        project: of Weights & Biases.
+        entity: user or team there; unset: the key's own.
+    """
 
     wandb: WandbMode = WandbMode.auto
     project: str = "qwen2audio-train"
@@ -180,6 +213,16 @@ class StageConfig:
         resume: `auto` (the newest complete checkpoint of `run_dir`, if any), `never`, or a checkpoint folder.
         dry_run: resolve everything, print the plan and stop.
         num_threads: CPU threads of each rank; 0 leaves torch's choice.
+        model: weights, and what of them is trained.
+        data: corpora, and how they are laid out.
+        adapter: low-rank adaptation.
+        optimizer: learning rates per part.
+        trainer: keys of `transformers.TrainingArguments` (dpo: `trl.DPOConfig`), under their own names.
+        deepspeed: ZeRO and offloading.
+        tracker: Weights & Biases.
+        preference: objective and reference of the stage dpo.
+        ctc: reading audio embeddings as tokens.
+        grpo: reinforcement from rewards.
     """
 
     stage: Stage = MISSING
@@ -209,10 +252,15 @@ class EvaluateConfig:
     Attributes:
         checkpoint: hub id, released checkpoint, run folder, checkpoint or adapter.
         manifests: held-out manifest per name.
-        output_dir: where `metrics.json`, `table.txt` and the decoded texts go.
-        train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
-        max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
         pairs: preference manifest on which pair accuracy is measured.
+        train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
+        output_dir: where `metrics.json`, `table.txt` and the decoded texts go.
+        seed: of the confidence intervals.
+        max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
+        max_new_tokens: longest answer in tokens.
+        tokens_per_batch: prompt and answer tokens of a batch while decoding.
+        num_threads: CPU threads of each rank; 0 leaves torch's choice.
+        bootstrap_samples: resamples behind each confidence interval.
         sample, dtype: fields of the checkpoint's `SampleRecipe`, and the type of its weights, where they are to differ.
     """
 
@@ -239,7 +287,10 @@ class ExportConfig:
         checkpoint: run folder, checkpoint or adapter.
         output_dir: folder that plain transformers (or peft) reads afterwards.
         merge: add an adapter's weights to its base; a server that cannot adapt the audio tower needs it.
+        dtype: type of the weights that are written.
         check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree.
+        check_examples: how many examples of `check_manifest` are compared.
+        num_threads: CPU threads; 0 leaves torch's choice.
     """
 
     checkpoint: str = MISSING
@@ -249,33 +300,6 @@ class ExportConfig:
     check_manifest: str | None = None
     check_examples: int = at_least(1, 8)
     num_threads: int = at_least(0, 0)
-
-
-@dataclass
-class StageCall:
-    """One stage of a recipe: overrides of its own root and of its evaluation, whether there is anything to score after
-    it (`decodes`), and the key by which the next stage starts from it (`hands_on`)."""
-
-    overrides: list[str] = field(default_factory=list)
-    evaluate: list[str] = field(default_factory=list)
-    decodes: bool = True
-    hands_on: str = field(default="init_from", metadata={"choices": ("init_from", "model.audio_encoder")})
-    pairs: list[str] = field(default_factory=list)
-    """Options of `pairs.py sample`, by which the stage before answers first; into `pairs.jsonl` of the recipe's run."""
-
-
-@dataclass
-class RecipeConfig:
-    """Root of `recipe.yaml`: the stages in a row, each under torchrun, each starting from the one before."""
-
-    name: str = MISSING
-    run_dir: str = "runs/${name}"
-    nproc_per_node: int = at_least(1, 1)
-    seed: int = at_least(0, 0, MAX_SEED)
-    dry_run: bool = False
-    overrides: list[str] = field(default_factory=list)
-    evaluate: list[str] = field(default_factory=list)
-    stages: dict[str, StageCall] = field(default_factory=dict, metadata={"choices": tuple(Stage)})
 
 
 Schema = TypeVar("Schema")

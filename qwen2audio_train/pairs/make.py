@@ -45,11 +45,13 @@ class SamplingOptions:
         manifests: questions, with the right answers where `score` needs them.
         output: preference manifest; what was sampled is kept beside it, in `<output>.answers`.
         num_answers, temperature, top_p, max_new_tokens, seed: of sampling.
+        tokens_per_batch: prompt and answer tokens of a batch while decoding.
         audio: what the model hears: `own`, or `silence` for answers that ignore the audio.
         score: auto, error_rate, bleu, exact, judge, or a function of yours as `file.py:function`.
         chosen, min_margin, min_chosen, max_length_ratio, max_rejected: see `select.Selection`.
         judge: settings of the judge, for `score=judge`.
-        dtype: of the weights; unset: as they were saved.
+        num_threads: CPU threads; 0 leaves torch's choice.
+        dtype: of the weights; unset, as they were saved.
         sample: fields of the checkpoint's `SampleRecipe` to replace, such as `sample.cache_dir`.
     """
 

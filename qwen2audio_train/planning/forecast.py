@@ -42,12 +42,13 @@ class PlanOptions:
 
     Attributes:
         mode: `forecast` computes; `find_batch` tries packs of growing size on this machine's device.
-        gpu: kind of GPU; gpus: how many, a rank on each.
+        gpu: kind of GPU.
+        gpus: how many, a rank on each.
         gpu_hour_price: of one GPU, in any currency.
         utilisation: share of the data sheet's peak that all operations, repeated ones too, are assumed to reach.
-        clip_s, prompt_tokens, label_tokens: of a typical sample (in DPO the labels of one answer); unset: the means of
-            the manifests.
-        limit_gib: memory that a trial may take beyond what the process held before; unset: all that a GPU has.
+        clip_s, prompt_tokens, label_tokens: of a typical sample (in DPO the labels of one answer);
+            unset, the means of the manifests.
+        limit_gib: memory that a trial may take beyond what the process held before; unset, all that a GPU has.
     """
 
     mode: PlanMode = PlanMode.forecast

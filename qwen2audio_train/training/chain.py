@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen2audio_train.config.schema import ConfigError, RecipeConfig, StageConfig
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage
 from qwen2audio_train.evaluation.reporting.summary import RunSummary, StageRecord, write_summary

@@ -10,7 +10,8 @@ from typing import Any
 from qwen2audio_train.cli.compose import LAUNCH as LAUNCH
 from qwen2audio_train.cli.compose import RECIPES as RECIPES
 from qwen2audio_train.cli.compose import compose
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, RecipeConfig, StageConfig
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,8 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from qwen2audio_train.config.schema import RecipeConfig, load_config
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import load_config
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.data.prompts.pools import task_names
 from qwen2audio_train.data.tools.convert import ConvertOptions, convert

@@ -8,7 +8,8 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from qwen2audio_train.config.schema import FreezeConfig, RecipeConfig, StageConfig, load_config
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import FreezeConfig, StageConfig, load_config
 from qwen2audio_train.pairs.make import SamplingOptions
 from qwen2audio_train.training.chain import overrides_of
 from tests.launch.scripts import RECIPES, script

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from qwen2audio_train.config.schema import ConfigError, RecipeConfig, load_config
+from qwen2audio_train.config.recipe import RecipeConfig
+from qwen2audio_train.config.schema import ConfigError, load_config
 from qwen2audio_train.training import chain
 from qwen2audio_train.training.chain import LEDGER, Entry, StageFailed, run_stages, stage_overrides
 from tests.launch.scripts import LAUNCH, RECIPES, ROOT, composed

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from qwen2audio_train.config.bounds import processors
 from qwen2audio_train.config.data import DataConfig, SourceConfig
 from qwen2audio_train.data.audio.decode import AudioError
 from qwen2audio_train.data.examples import (
@@ -74,7 +75,7 @@ class CheckOptions:
     max_answer_characters: int = 1000
     tokenizer: str | None = None
     max_tokens: int = 8192
-    num_workers: int = os.cpu_count() or 1
+    num_workers: int = processors()
     max_shown: int = 5
     report: str | None = None
     cache_dir: str = "data_cache"

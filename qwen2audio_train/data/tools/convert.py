@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qwen2audio_train.config.bounds import nearest
+from qwen2audio_train.config.bounds import nearest, processors
 from qwen2audio_train.config.data import SourceConfig, SourceFormat
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import AudioError
@@ -46,11 +46,11 @@ class ConvertOptions:
             data set, a folder of audio; several files by braces and globs. Audio paths in it are relative to its
             folder, or to `audio_dir`.
         output: the manifest to write; audio paths in it are relative to its folder.
-        format: the form, where its looks do not tell.
         columns: our field -> the corpus's column; `labels.emotion` reaches into an object.
         constants: fields that are the same for every row, such as {task: asr, language: en}.
         where: column -> value; only rows that have it are taken.
         audio_dir: folder of the audio files.
+        format: the form, where its looks do not tell.
         split, subset, revision: of a Hugging Face data set.
         skip_bad: leave bad rows out; else nothing is written while there are any.
         num_workers: processes.
@@ -67,7 +67,7 @@ class ConvertOptions:
     subset: str | None = None
     revision: str | None = None
     skip_bad: bool = False
-    num_workers: int = os.cpu_count() or 1
+    num_workers: int = processors()
 
 
 @dataclass

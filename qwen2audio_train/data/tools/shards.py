@@ -24,6 +24,7 @@ import soundfile
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from qwen2audio_train.config.bounds import processors
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import AudioLimits, load_audio, open_audio, probe
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
@@ -65,7 +66,7 @@ class ShardOptions:
     shard_mib: float = 256.0
     seed: int = 0
     audio: str = "keep"
-    num_workers: int = os.cpu_count() or 1
+    num_workers: int = processors()
     cache_dir: str = "data_cache"
 
 

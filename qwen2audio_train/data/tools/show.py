@@ -34,8 +34,13 @@ class ShowOptions:
     Attributes:
         manifest: where the example is: a manifest, or a corpus that says itself what it is.
         example: its id, or its number counted from 0.
+        prompt_style: `natural` or `hierarchical_tags`, as in the recipe.
+        prompt_seed: that of the recipe.
+        labelled_turns: `all` or `last`, as in the recipe.
+        for_generation: show the prompt as it is answered, without the answer.
         tokenizer: folder or hub id; with it every token is listed.
         image: PNG file for the spectrogram of the clips (needs matplotlib).
+        num_mel_bins: that of the model.
         cache_dir: that of the recipe.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 from transformers import AutoTokenizer
 
+from qwen2audio_train.config.bounds import processors
 from qwen2audio_train.config.data import (
     DataConfig,
     LabelledTurns,
@@ -52,7 +52,7 @@ class IndexOptions:
     prompt_seed: int = 0
     labelled_turns: LabelledTurns = LabelledTurns.all
     long_audio: LongAudio = LongAudio.split
-    num_workers: int = os.cpu_count() or 1
+    num_workers: int = processors()
     cache_dir: str = "data_cache"
     image: str | None = None
 

@@ -57,8 +57,9 @@ class JudgeOptions:
     Attributes:
         evaluation: folder of an evaluation whose examples have a `description` of their audio in `meta`.
         judge: the endpoint: base_url and model, and the other fields of `client.Endpoint` (prices, max_cost, ...).
-        template: text file with {description}, {question}, {first} and {second}; unset: the project's own.
+        template: text file with {description}, {question}, {first} and {second}; unset, the project's own.
         workers: requests under way at once.
+        seed: of the intervals.
     """
 
     evaluation: str = ""
@@ -131,7 +132,7 @@ def judge_answers(
     """Have every item scored in both orders. Run again, only what is not in the cache is asked.
 
     Args:
-        template: with {description}, {question}, {first} and {second}.
+        template: with {description}, {question}, {first} and {second}; unset, the project's own.
     """
     with ThreadPoolExecutor(workers) as pool:
         judged = pool.map(lambda item: _verdict(client, item, template), items)
