@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from qwen2audio_train.config.recipe import RecipeConfig
 from qwen2audio_train.config.schema import FreezeConfig, StageConfig, load_config
 from qwen2audio_train.pairs.make import SamplingOptions
+from qwen2audio_train.pairs.questions import Question
+from qwen2audio_train.pairs.score import scorer
 from qwen2audio_train.training.chain import overrides_of
 from tests.launch.scripts import RECIPES, script
 
@@ -60,3 +62,9 @@ def test_the_pairs_that_are_sampled_are_trained_on(recipe: RecipeConfig, stages:
     options = load_config(OmegaConf.from_dotlist(recipe.stages["dpo"].pairs), SamplingOptions)
     assert options.manifests == ["data_cache/selfmade/open/questions.train.jsonl"]
     assert stages["dpo"].data.sources["sampled"].path == ["runs/small/dpo/../pairs.jsonl"]
+    # a spoken question has no task of its own, and its answers are to be told apart all the same
+    question = Question("q", prompt=(), reference="dogs eat meat.", task=None, language=None, source="voice_chat")
+    ((right, wrong),) = scorer(options.score)([(question, ["Dogs eat meat.", "dogs bark."])])
+    assert right is not None
+    assert wrong is not None
+    assert right > wrong + options.min_margin
