@@ -54,7 +54,7 @@ def num_frames(num_samples: int) -> int:
 
 
 def num_encoder_frames(frames: int) -> int:
-    """Frames behind the second convolution (20 ms each) of a clip of `frames` mel frames."""
+    """Frames after the second convolution (20 ms each) of a clip of `frames` mel frames."""
     return (frames - 1) // 2 + 1
 
 

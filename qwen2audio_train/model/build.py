@@ -150,7 +150,7 @@ def _check_keys(path: str, given: dict[str, Any], model_type: str) -> None:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """`tokenizer` with those of `layout.SPECIAL_TOKENS` that it lacks added behind its vocabulary."""
+    """`tokenizer` with those of `layout.SPECIAL_TOKENS` that it lacks added after its vocabulary."""
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     return tokenizer
 

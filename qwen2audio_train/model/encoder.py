@@ -1,9 +1,9 @@
 """The audio tower over packed clips: every clip at its own length, no padding to 30 s.
 
 Shape legend: A encoder windows ("clips" here), F mel columns in the slot layout of `layout.mel_columns`, d tower width,
-E frames behind the convolutions over all clips, n audio tokens over all clips.
+E frames after the convolutions over all clips, n audio tokens over all clips.
 
-Exact with regard to the stock encoder on a window padded to 30 s: the two mel frames behind the end of a clip are part
+Exact with regard to the stock encoder on a window padded to 30 s: the two mel frames after the end of a clip are part
 of its slot, and the columns outside a clip are set to zero between the convolutions, which is what the second one's own
 padding does at the borders of a window.
 """
@@ -23,7 +23,7 @@ from qwen2audio_train.layout import mel_columns, num_audio_tokens, num_encoder_f
 class ClipIndex(NamedTuple):
     """Where things lie in a packed spectrogram."""
 
-    outside: Tensor  # (F,) bool: columns behind frame L of their clip
+    outside: Tensor  # (F,) bool: columns after frame L of their clip
     frames: Tensor  # (E,) columns (of F / 2) that survive the second convolution
     positions: Tensor  # (E,) frame number within the clip
     cu: Tensor  # (A + 1,) int32 borders of clips in E

@@ -21,7 +21,7 @@ class Recogniser(nn.Module):
     """The tower of `audio` under a linear head; nothing else of `audio` is run or trained.
 
     Args:
-        vocab_size: number of tokens; the blank comes behind them.
+        vocab_size: number of tokens; the blank comes after them.
         special_ids: tokens that are no part of a transcript.
     """
 
@@ -40,7 +40,7 @@ class Recogniser(nn.Module):
         tower = audio.model.audio_tower
         tower.requires_grad_(True)
         tower.embed_positions.requires_grad_(False)
-        # It norms what the language model reads, behind the frames that the head reads.
+        # It normalises what the language model reads; the head reads the frames before it.
         tower.layer_norm.requires_grad_(False)
 
     def forward(

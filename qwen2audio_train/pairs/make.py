@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,9 +115,14 @@ class Made:
         if self.left_out or self.failed:
             reasons = {**self.left_out, **({"could not be asked": len(self.failed)} if self.failed else {})}
             lines.append("left out: " + ", ".join(f"{name} {count}" for name, count in reasons.items()))
+        right = self.balance.text_only_accuracy
         lines.append(
-            f"the chosen answer is the longer one in {self.balance.longer_chosen:.1%} of the pairs; a classifier on "
-            f"the texts alone is right in {self.balance.text_only_accuracy:.1%} (50% = the texts give nothing away)"
+            f"the chosen answer is the longer one in {self.balance.longer_chosen:.1%} of the pairs; "
+            + (
+                "too few pairs to ask a classifier on the texts alone"
+                if math.isnan(right)
+                else f"a classifier on the texts alone is right in {right:.1%} (50% = the texts give nothing away)"
+            )
         )
         return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qwen2audio_train.cli.compose import launch
+from qwen2audio_train.cli.door import door
 from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, script
 
 WRONG = [
@@ -129,3 +132,24 @@ def test_configs_can_be_looked_at(run: Callable[..., tuple[int, str, str]]) -> N
     status, output, _ = run("sft", "--cfg", "job")
     assert status == 0
     assert output.startswith("model:\n  kind: tiny")
+
+
+def test_an_ascii_terminal_gets_every_letter_in_some_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with door():
+        print("a\u4e2d")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"a\\u4e2d\n"
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EISDIR, False)])
+def test_a_full_or_read_only_disk_says_which_keys_name_folders(
+    number: int, hint: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, door():
+        raise OSError(number, os.strerror(number), "data_cache/x")
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert errors.startswith(f"error: [Errno {number}] {os.strerror(number)}: 'data_cache/x'")
+    assert ("data.cache_dir" in errors) is hint

@@ -13,7 +13,8 @@ import soundfile
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
 from qwen2audio_train.data.manifests.manifest import parse_line, to_record
-from qwen2audio_train.pairs.balance import balance, text_only_accuracy
+from qwen2audio_train.pairs.balance import Balance, balance, text_only_accuracy
+from qwen2audio_train.pairs.make import Made
 from qwen2audio_train.pairs.questions import Question, questions_of
 from qwen2audio_train.pairs.rules import NO_SPEECH, RULES, make_pairs
 
@@ -169,3 +170,13 @@ def test_probe_finds_what_text_gives_away() -> None:
     fair = list(zip(texts[:100], texts[100:], strict=True))
     assert 0.3 < text_only_accuracy(fair) < 0.7
     assert np.isnan(text_only_accuracy(fair[:10]))
+
+
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [(0.625, "a classifier on the texts alone is right in 62.5%"), (float("nan"), "too few pairs to ask a classifier")],
+)
+def test_what_is_said_of_the_texts_alone(right: float, said: str) -> None:
+    summary = Made(3, {}, {}, Balance(3, 0.5, right, False)).summary()
+    assert said in summary
+    assert "nan%" not in summary

@@ -56,7 +56,7 @@ class PackDataset(Dataset[tuple[Batch, Made]]):
 
 @dataclass
 class _Mark:
-    """The state behind a step, and what the step held."""
+    """Cursor after a step, and the packs of that step."""
 
     cursor: Cursor
     packs: list[Pack]

@@ -51,7 +51,7 @@ class StreamSource:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream stands in a source: the pass, the parts of it that lie behind, the rows taken from the next."""
+    """Position in a source: pass number, parts already read in this pass, rows already read of the next part."""
 
     number: int = 0
     part: int = 0
@@ -91,7 +91,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class StreamPack:
-    """A pack of a stream, the cursor behind it, and what was left out on the way to it."""
+    """A pack of a stream, the cursor after it, and what was left out on the way to it."""
 
     drawn: tuple[Drawn, ...]
     after: StreamCursor
@@ -170,7 +170,7 @@ class LogicalStream:
         return [groups[i] for i in rng.permutation(len(groups))] or [np.empty(0, dtype=np.int64)]
 
     def _rows(self, source: StreamSource, place: Place) -> Iterator[tuple[Raw | BadExample, Place]]:
-        """This stream's rows of a source from `place` on, with the place behind each, pass after pass."""
+        """This stream's rows of a source from `place` on, with the place after each, pass after pass."""
         split = -(-self.num_streams // source.num_shards)
         num_parts = source.num_shards * split
         empty_passes = 0

@@ -174,7 +174,7 @@ class StreamLoader(BatchLoader[StreamMade]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind a saved state, on any number of ranks.
+        """Go on after a saved state, on any number of ranks.
 
         Raises:
             DataStateError: an input has changed, or the state is that of some of the ranks alone.

@@ -211,7 +211,7 @@ def _parts(manifest: Manifest, number: int) -> Iterator[_Part]:
         for start in range(0, size, PART_BYTES):
             if start:
                 lines_before += file.read(PART_BYTES - (start == PART_BYTES)).count(b"\n")
-            # a part begins behind the first line end from the byte before it on
+            # a part begins after the first line end from the byte before it on
             first_line = lines_before + 2 if start else 1
             yield _Part(manifest, number, start, min(start + PART_BYTES, size), first_line)
 

@@ -148,7 +148,7 @@ class Planner:
         return audio + text, cost_of(audio + text, audio)
 
     def slots(self, start: Cursor, epochs: int | None) -> Iterator[tuple[Pack, Cursor, Ints]]:
-        """Packs from `start` to the end of `epochs`, each with the cursor behind it and the rows left out before it."""
+        """Packs from `start` to the end of `epochs`, each with the cursor after it and the rows left out before it."""
         epoch, window, slot = start.epoch, start.window, start.slot
         while (epochs is None or epoch < epochs) and self.mixture.epoch_size(epoch):
             for number in range(window, self.num_windows(epoch)):
@@ -216,7 +216,7 @@ def equal_groups(cost: NDArray[np.float64], size: int) -> list[Ints]:
 def steps(
     planner: Planner, start: Cursor, packs_per_step: int, epochs: int | None
 ) -> Iterator[tuple[list[Pack], Cursor, Ints]]:
-    """Steps of exactly `packs_per_step` packs (the last is filled), the cursor behind each, and the rows left out."""
+    """Steps of exactly `packs_per_step` packs (the last is filled), the cursor after each, and the rows left out."""
     packs: list[Pack] = []
     left_out: list[Ints] = []
     cursor = start

@@ -44,7 +44,7 @@ def save_state(planner: Planner, packs_per_step: int, step: int, cursor: Cursor)
 def restore(
     planner: Planner, packs_per_step: int, state: Mapping[str, Any], on_changed: OnChangedData
 ) -> tuple[Planner, Cursor]:
-    """The planner and the cursor that go on behind a saved state.
+    """The planner and the cursor that go on after a saved state.
 
     Raises:
         DataStateError: the state is of another version, or an input has changed and `on_changed` does not allow it.

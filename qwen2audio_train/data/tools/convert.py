@@ -163,7 +163,7 @@ def _why_nothing(seen: Seen, where: dict[str, str], errors: list[str]) -> str:
 
 
 def _note_all(corpus: Corpus, options: ConvertOptions, notes: Path, seen: Seen) -> None:
-    """Note what becomes of every row, behind what is noted already; what the rows hold is added to `seen`."""
+    """Note what becomes of every row, after what is noted already; what the rows hold is added to `seen`."""
     done = _resume(notes, _made_of(corpus, options))
     jobs = _jobs(corpus, done, seen, options.where)
     work = partial(_outcomes, replace(corpus, files=(), hub=None), options)
@@ -209,7 +209,7 @@ def _resume(notes: Path, made_of: str) -> int:
 
 
 def _jobs(corpus: Corpus, done: int, seen: Seen, where: dict[str, str]) -> Iterator[Rows]:
-    """The rows behind the first `done`, some at a time."""
+    """The rows after the first `done`, some at a time."""
     rows: Rows = []
     for shard in range(corpus.num_shards):
         for number, row in corpus.rows(shard):

@@ -172,7 +172,7 @@ def newest(resume: str, run_dir: Path) -> Path | None:
 
 
 def step_of(folder: Path) -> int:
-    """Optimiser steps behind a checkpoint."""
+    """Optimiser steps taken before a checkpoint."""
     return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
 
 

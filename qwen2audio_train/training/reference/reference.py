@@ -70,7 +70,7 @@ def is_fresh(model: nn.Module) -> bool:
 
 @contextmanager
 def adapter_left_as_it_is(model: Any) -> Iterator[None]:
-    """Undo what TRL's constructor does to a PEFT policy beyond need.
+    """Undo what TRL's constructor does to a PEFT policy more than we need.
 
     It copies the adapter; the copy goes if the adapter is fresh, since the policy without it is the same reference.
     Adding a copy also freezes whatever else was trained.

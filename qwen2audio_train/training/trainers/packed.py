@@ -1,4 +1,4 @@
-"""What the two trainers share: batches that know their rank, a step counted over all ranks, sealed checkpoints.
+"""Overrides of `transformers.Trainer` that all trainers share: loader, normaliser of the loss, sealed checkpoints.
 
 `PackedTrainer` goes before `transformers.Trainer` (or a subclass of it) in the bases. It overrides Trainer where its
 assumptions do not hold for packed batches: the loader is not re-sharded, the normaliser of the loss is the sum over the

@@ -250,7 +250,10 @@ def _sizes(batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _twin(name: str) -> str:
-    """The other side's name: a micro-batch without rejected answers still counts, with nothing, on every rank."""
+    """Name of the same metric for the other side, chosen or rejected; other metrics keep theirs.
+
+    Both are tallied always, so that every rank reduces the same keys where a micro-batch has one side only.
+    """
     metric, _, side = name.rpartition("/")
     return f"{metric}/{SIDES[1 - SIDES.index(side)]}" if side in SIDES else name
 
