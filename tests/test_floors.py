@@ -20,6 +20,7 @@ EVALUATION = ("evaluation.decoding", "evaluation.scoring", "evaluation.judging",
 TRAINING = (
     *("training.checkpoints", "training.reference", "training.trainers", "training.stages", "training.chain"),
     "planning",
+    "finetune",
 )
 MODEL = ("model",)
 

@@ -15,7 +15,10 @@ _ABSENT = object()
 
 
 def map_row(row: Mapping[str, Any], columns: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The object of a manifest line from one row: the constants, and our fields from the row's columns."""
+    """The object of a manifest line from one row: the constants, and our fields from the row's columns.
+
+    A field `meta.NAME` goes into the object `meta`.
+    """
     found = {name: reach(row, column) for name, column in columns.items()}
     record = {**constants, **{name: value for name, value in found.items() if value not in (None, "", _ABSENT)}}
     for name in ("duration_s", *CLIP_FIELDS):
@@ -26,6 +29,8 @@ def map_row(row: Mapping[str, Any], columns: Mapping[str, str], constants: Mappi
             record[name] = str(record[name])
     if {"start_s", "duration_s"} <= record.keys() and not ({"end_s"} & {*columns, *constants}):
         record |= _end_of(record["start_s"], record["duration_s"])
+    if meta := {name.removeprefix("meta."): record.pop(name) for name in [*record] if name.startswith("meta.")}:
+        record["meta"] = {**record.get("meta", {}), **meta}
     bounds = {name: record.pop(name) for name in CLIP_FIELDS if name in record}
     return record | ({"audio": {"path": record.get("audio"), **bounds}} if bounds else {})
 

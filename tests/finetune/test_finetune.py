@@ -1,0 +1,155 @@
+"""A folder and a table are fine-tuned on in one go; a second run does nothing; useless corpora are refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from launch.finetune import main
+from qwen2audio_train.config.finetune import FinetuneConfig
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.export import export
+from qwen2audio_train.finetune.corpus import prepare
+from tests.evaluation.tiny import SAMPLES, tiny_model, tiny_tokenizer
+
+
+def tone(path: Path, hertz: float, number: int) -> None:
+    """0.3 s of a tone, no two the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(4_800) / 16_000
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * (hertz + number) * time), 16_000)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per class: 12 low tones, 8 high ones."""
+    folder = tmp_path_factory.mktemp("tones")
+    for name, hertz, count in (("low_tone", 300, 12), ("high_tone", 3000, 8)):
+        for number in range(count):
+            tone(folder / name / f"{number}.wav", hertz, number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 15 clips by three speakers, one row without a transcript and one without a file."""
+    folder = tmp_path_factory.mktemp("table")
+    with (folder / "corpus.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "sentence", "client_id"])
+        for number in range(15):
+            tone(folder / f"{number}.wav", 500, number)
+            rows.writerow([f"{number}.wav", "" if number == 14 else f"the cat sat {number}", f"s{number % 3}"])
+        rows.writerow(["gone.wav", "the mat", "s0"])
+    return folder / "corpus.csv"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tiny_model(spread=1.0), tiny_tokenizer(), SAMPLES, tmp_path_factory.mktemp("start"))
+
+
+def prepared(audio: Path, folder: Path, **keys: Any) -> Any:
+    return prepare(FinetuneConfig(audio=str(audio), **keys), folder)
+
+
+def test_a_folder_per_class_asks_for_its_classes(classes: Path, tmp_path: Path) -> None:
+    found = prepared(classes, tmp_path)
+    assert found.labels == ["high_tone", "low_tone"]
+    assert (len(found.train), len(found.held_out)) == (16, 4)
+    assert {e.target for e in found.held_out} == {e.target for e in found.train} == {"low tone", "high tone"}
+    assert {e.question for e in found.train} == {"Which of these is heard: high tone, low tone?"}
+    assert found.held_out[0].meta["choices"] == ["high tone", "low tone"]
+
+
+def test_a_table_is_read_by_the_usual_names_of_its_columns(table: Path, tmp_path: Path) -> None:
+    found = prepared(table, tmp_path, language="en")
+    assert (len(found.train) + len(found.held_out), len(found.left_out)) == (14, 2)
+    assert {(e.task, e.language) for e in found.train} == {("asr", "en")}
+    sides = [{e.meta["speaker"] for e in side} for side in (found.train, found.held_out)]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {"s0", "s1", "s2"}
+
+
+@pytest.mark.slow
+def test_one_command_trains_scores_and_exports(
+    classes: Path, start: Path, noise: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    keys = [f"audio={classes}", f"run_dir={run_dir}", f"init_from={start}", "max_steps=3", "max_new_tokens=6"]
+    keys += [f"guard={noise / 'sound.jsonl'}", f"replay={noise / 'speech.jsonl'}", "num_threads=1"]
+    keys += ['overrides=["trainer.use_cpu=true","tracker=off"]']
+    assert main(keys) == 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for when in ("before", "after"):
+        score = summary[when]["accuracy"]
+        assert score["n"] == 4
+        assert score["interval"][0] <= score["value"] <= score["interval"][1]
+    texts = [json.loads(line) for line in (run_dir / "after" / "texts.jsonl").read_text().splitlines()]
+    own = [one for one in texts if one["source"] == "finetune"]
+    assert summary["after"]["accuracy"]["value"] == sum(one["text"] == one["reference"] for one in own) / 4
+    assert {len(texts) - len(own)} == {one["after"]["n"] for one in summary["guard"].values()} == {12}
+    assert (summary["steps"], summary["clips"]["train"]) == (3, 16)
+    card = (run_dir / "export" / "README.md").read_text()
+    assert f"audio={classes}" in card
+    assert "accuracy" in card
+    assert (run_dir / "report.html").is_file()
+    Qwen2AudioForConditionalGeneration.from_pretrained(run_dir / "export")
+    AutoProcessor.from_pretrained(run_dir / "export")
+    assert "nothing to do" not in capfd.readouterr().out
+    log = (run_dir / "training" / "log.jsonl").read_text()
+    assert main(keys) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    assert (run_dir / "training" / "log.jsonl").read_text() == log
+    with pytest.raises(SystemExit):
+        main([*keys, "max_steps=4"])
+    assert "keys have changed" in capfd.readouterr().err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *keys: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(keys)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_refusals(classes: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = [f"run_dir={tmp_path / 'run'}", f"init_from={start}"]
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refusal(capsys, f"audio={tmp_path / 'empty'}", *place)
+    assert "one class only (low_tone)" in refusal(capsys, f"audio={classes / 'low_tone'}", *place)
+    assert "no checkpoint to start from" in refusal(
+        capsys, f"audio={classes}", f"run_dir={tmp_path}", f"init_from={tmp_path}/no"
+    )
+    for name, count in (("few", 3), ("broken", 12)):
+        for label in ("a", "b"):
+            for number in range(count):
+                clip = tmp_path / name / label / f"{number}.wav"
+                tone(clip, 300 if label == "a" else 600, number)
+                if name == "broken":
+                    clip.write_bytes(b"no audio")
+    assert "6 usable clips, expected 10 or more" in refusal(capsys, f"audio={tmp_path / 'few'}", *place)
+    assert "24 bad rows" in refusal(capsys, f"audio={tmp_path / 'broken'}", *place)
+    (tmp_path / "silent.csv").write_text("audio,note\na.wav,x\n")
+    assert "columns.target" in refusal(capsys, f"audio={tmp_path / 'silent.csv'}", *place)
+
+
+def test_changed_audio_is_not_mixed_with_a_run_that_has_begun(classes: Path, tmp_path: Path) -> None:
+    from qwen2audio_train.finetune.run import write_data
+    from qwen2audio_train.training.chain import Entry, Ledger
+
+    found = prepared(classes, tmp_path)
+    ledger = Ledger(tmp_path / "ledger.json")
+    write_data(found, tmp_path, ledger)
+    assert len(read_manifest(tmp_path / "train.jsonl")) == 16
+    ledger.entries["before"] = Entry("digest")
+    with pytest.raises(ConfigError, match="changed since"):
+        write_data(prepared(classes, tmp_path, seed=1), tmp_path, ledger)
