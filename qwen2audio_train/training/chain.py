@@ -19,6 +19,7 @@ from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.reporting.stage_record import choose_showcase, read_stage
 from qwen2audio_train.evaluation.reporting.summary import RunSummary, StageRecord, write_summary
+from qwen2audio_train.training.checkpoints.folder import hold
 from qwen2audio_train.training.stages.argument_table import check_trainer_keys
 from qwen2audio_train.training.stages.arguments import arguments_class
 from qwen2audio_train.training.stages.run import as_yaml
@@ -112,12 +113,13 @@ def run_stages(recipe: RecipeConfig, compose: Compose, launch_folder: Path) -> d
         launch_folder: where `pretrain.py`, `sft.py`, `dpo.py` and `evaluate.py` are.
 
     Raises:
-        ConfigError: a config is refused, or a stage is finished and its config is no longer the one that it was
-            trained with.
+        ConfigError: a config is refused, another recipe runs in the folder, or a stage is finished and its config is no
+            longer the one that it was trained with.
         StageFailed: a process ended with an error.
     """
     overrides = overrides_of(recipe)
     digests = {name: _hash(as_yaml(config)) for name, config in stage_configs(recipe, compose).items()}
+    hold(Path(recipe.run_dir))  # two recipes in one folder would each write their own ledger over the other's
     ledger = Ledger(Path(recipe.run_dir) / LEDGER)
     for name in digests:
         entry = ledger.entries.setdefault(name, Entry(digests[name]))

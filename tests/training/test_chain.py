@@ -271,3 +271,15 @@ def test_ctrl_c_stops_every_rank_and_the_recipe_goes_on(noise: Path, tmp_path: P
     lines = [json.loads(line) for line in (tmp_path / "run" / "pretrain" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 201))
     assert json.loads((tmp_path / "run" / LEDGER).read_text())["pretrain"]["trained"] is True
+
+
+def test_a_second_recipe_in_the_same_folder_is_refused(calls: Calls, tmp_path: Path) -> None:
+    code = "import fcntl; f = open('lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process is training there"):
+            go(recipe_of(tmp_path))
+        other.communicate("\n")
+    assert calls == []

@@ -128,6 +128,7 @@ class PositionTree:
             source[where], draw[where] = lo, t
             return
         mid = (lo + hi) // 2
+        # A position is the left half's where its count goes up there; log2(sources) halvings, all positions at once.
         before = self._left_before(t, lo, mid, hi)
         is_left = self._left_before(t + 1, lo, mid, hi) > before
         self.place(before[is_left], where[is_left], source, draw, lo, mid)
