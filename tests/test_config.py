@@ -101,6 +101,21 @@ def test_every_unknown_key_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["stage=dpo"], "it is for the stages pretrain and sft"),
+        (["adapter.kind=lora"], "it trains the projector as a whole; set adapter.kind=none"),
+        (["model.freeze.multi_modal_projector=true"], "set model.freeze.multi_modal_projector=false"),
+        (["deepspeed.stage=3"], "it has no support for ZeRO-3; set deepspeed.stage=2"),
+    ],
+)
+def test_an_auxiliary_loss_that_would_do_nothing_is_refused(overrides: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^ctc\.weight=0\.5: .*{says}.*or set ctc\.weight=0$"):
+        recipe(tmp_path, tmp_path, "ctc.weight=0.5", *overrides)
+    recipe(tmp_path, tmp_path, "ctc.weight=0", *overrides)
+
+
+@pytest.mark.parametrize(
     ("schema", "given", "missing"),
     [
         (StageConfig, {"stage": "sft", "name": "x"}, "model.kind"),

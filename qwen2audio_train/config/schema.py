@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bounds
 from qwen2audio_train.config.combinations import refusal
-from qwen2audio_train.config.ctc import CtcConfig
+from qwen2audio_train.config.ctc import CtcConfig, ctc_refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
 from qwen2audio_train.config.preference import PreferenceConfig
 from qwen2audio_train.config.reinforcement import GrpoConfig
@@ -322,8 +322,11 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'recipe'}: {reason}") from error
     _refuse(out_of_bounds(config))
-    if isinstance(config, StageConfig) and (refused := refusal(_choice(config))):
-        raise ConfigError(refused)
+    if isinstance(config, StageConfig):
+        frozen = config.model.freeze.multi_modal_projector
+        _refuse(
+            filter(None, (refusal(_choice(config)), ctc_refusal(config.ctc, config.stage, _choice(config), frozen)))
+        )
     return config
 
 

@@ -231,7 +231,8 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         if temperature != 1.0:
             hidden = hidden / temperature  # the head has no bias, so this divides its logits
         loss = label_nll(hidden, self.lm_head, target, weight, objective)
-        ctc_sum = None if self.ctc_head is None else self._ctc_sum(out.audio, **batch)
+        reads = self.ctc_head is not None and self.training
+        ctc_sum = self._ctc_sum(out.audio, **batch) if reads else None
         return PackedOutput(loss.nll_sum, weight.float().sum(), loss.nll, loss.correct, ctc_sum)
 
     def _read(self, mel: Tensor, clip_frames: Tensor, **batch: Tensor) -> PackedOutput:

@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.runs import pairs_recipe, recipe, train
+from tests.runs import pairs_recipe, recipe, train, warm_up_recipe
 
 SOURCES = ("speech", "sound", "text")
 
@@ -36,6 +36,8 @@ def run(corpus: Path, folder: Path, job: Job) -> None:
     overrides = [*job.overrides, f"resume={resume}"]
     if job.sources == ("pairs",):
         config = pairs_recipe(corpus, folder / job.name, *overrides)
+    elif job.sources == ("warm-up",):
+        config = warm_up_recipe(corpus, folder / job.name, *overrides)
     else:
         config = recipe(corpus, folder / job.name, *overrides, sources=job.sources)
     trainer = train(config)

@@ -92,8 +92,9 @@ def assert_same_end(whole: Path, resumed: Path, last: int = 5) -> None:
         (pairs_recipe, [], 3, []),
         (encoder_recipe, [], 3, []),
         (warm_up_recipe, ["ctc.sampled_tokens=50"], 3, []),
+        (warm_up_recipe, ["stage=pretrain", "ctc.weight=0.5", "ctc.sampled_tokens=50"], 3, []),
     ],
-    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "warm-up"],
+    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "warm-up", "ctc beside"],
 )
 def test_resumed_is_uninterrupted(
     make: Any, overrides: list[str], stop: int, changes: list[str], noise: Path, tmp_path: Path

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from qwen2audio_train.config.schema import AdapterKind, ConfigError, ModelKind, StageConfig
@@ -13,10 +11,10 @@ from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.prompts.pools import tag_tokens
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.ctc import CtcHead
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.stages.batches import held_out
+from qwen2audio_train.training.stages.ctc_head import attach_ctc_head
 from qwen2audio_train.training.stages.policy import build_policy, kept_whole
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer, languages_of, training_examples
@@ -62,14 +60,6 @@ def build_listener(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> R
     attach_ctc_head(model, tokenizer)
     model.runs_language_model = False
     return model
-
-
-def attach_ctc_head(model: PackedQwen2Audio, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A new head over the tokens that plain text is made of."""
-    table = cast(nn.Embedding, model.get_input_embeddings()).weight
-    special = set(tokenizer.get_added_vocab().values())
-    spoken = [index for index in range(min(len(tokenizer), len(table))) if index not in special]
-    model.attach_ctc_head(CtcHead(table.size(1), torch.tensor(spoken)).to(table.dtype))
 
 
 def encoder_trainer(

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.training.stages.batches import held_out
+from qwen2audio_train.training.stages.ctc_head import attach_auxiliary
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
 from qwen2audio_train.training.trainers.language_model import AudioTrainer
@@ -22,6 +23,8 @@ def language_modelling_trainer(
     batches: BatchLoader[Any],
 ) -> AudioTrainer:
     """The trainer of pre-training and of supervised fine-tuning."""
+    if config.ctc.weight:
+        attach_auxiliary(config, model, tokenizer)
     eval_maker = held_out(config, tokenizer)
     return AudioTrainer(
         model=model,
@@ -31,5 +34,6 @@ def language_modelling_trainer(
         files=run_files(config, tokenizer),
         sources=list(batches.source_names),
         rates=config.optimizer,
+        ctc=config.ctc,
         callbacks=callbacks(config, settings(config)),
     )

@@ -10,14 +10,21 @@ from torch import Tensor
 from transformers import Trainer
 from typing_extensions import override
 
+from qwen2audio_train.config.ctc import CtcConfig
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.trainers.packed import PackedTrainer
 
 
 class AudioTrainer(PackedTrainer, Trainer):
-    """Token-normalised loss over the whole optimiser step, with loss and accuracy per source from the same pass."""
+    """Token-normalised loss over the whole optimiser step, with loss and accuracy per source from the same pass.
 
-    def __init__(self, *args: Any, sources: list[str], **kwargs: Any) -> None:
+    Where the model has a `ctc_head`, `ctc.weight` times the loss per token of the transcripts comes on top.
+    """
+
+    def __init__(self, *args: Any, sources: list[str], ctc: CtcConfig | None = None, **kwargs: Any) -> None:
         self.sources = sources
+        self.ctc = ctc or CtcConfig()
+        self.ctc_sums = torch.zeros(2, dtype=torch.float64)
         super().__init__(*args, **kwargs)
         self.sums = torch.zeros(len(sources), 3, dtype=torch.float64)
 
@@ -29,10 +36,14 @@ class AudioTrainer(PackedTrainer, Trainer):
 
         DDP and DeepSpeed average gradients over ranks, hence the factor `world_size`; nothing divides again.
         """
-        output = model(**inputs)
+        others = self.other_tokens(self.ctc.sampled_tokens)
+        output = model(**inputs) if others is None else model(**inputs, others=others)
         self._add(self.sums, inputs["source_id"], output)
         scale = self.args.world_size / num_items_in_batch.clamp(min=1e-8).to(output.nll_sum.device)
         loss = output.nll_sum * scale
+        if output.ctc_sum is not None:
+            self.ctc_sums += torch.tensor([float(output.ctc_sum.detach()), float(len(inputs["transcript"]))])
+            loss = loss + output.ctc_sum * (self.ctc.weight * self.args.world_size / max(self.step.spoken, 1.0))
         return (loss, output) if return_outputs else loss
 
     @staticmethod
@@ -45,6 +56,10 @@ class AudioTrainer(PackedTrainer, Trainer):
         if "loss" in logs:
             logs |= self._per_source("", self.sources, self.sum_over_ranks(self.sums))
             self.sums.zero_()
+            if unwrap(self.model).ctc_head is not None:
+                total, tokens = self.sum_over_ranks(self.ctc_sums).tolist()
+                logs["ctc_loss"] = total / max(tokens, 1)
+                self.ctc_sums.zero_()
         super().log(logs, start_time)
 
     @staticmethod

@@ -248,10 +248,14 @@ class PackedTrainer(ResumedTrainer):
         state = self._weights()
         if self.args.should_save:
             folder = partial / (folders.ADAPTER_FOLDER if is_peft_model(self.model) else folders.MODEL_FOLDER)
-            (self.model if is_peft_model(self.model) else unwrap(self.model)).save_pretrained(folder, state_dict=state)
+            own = state or self.model.state_dict()
+            # save_pretrained drops from what it is given the names that are not to be saved: it gets a copy
+            written = None if state is None else dict(state)
+            (self.model if is_peft_model(self.model) else unwrap(self.model)).save_pretrained(
+                folder, state_dict=written
+            )
             self.files.save_processor(folder)
             if unwrap(self.model).ctc_head is not None:
-                own = state or self.model.state_dict()
                 save_file({name: own[name].contiguous() for name in own if name.startswith(HEAD)}, partial / HEAD_FILE)
 
     def _weights(self) -> dict[str, Tensor] | None:

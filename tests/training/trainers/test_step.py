@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen2audio_train.config.schema import StageConfig
@@ -19,11 +20,12 @@ from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.recipe import recipe_of
 from qwen2audio_train.data.samples.sample import materialise
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.stages.policy import build_policy
-from qwen2audio_train.training.stages.run import open_run
+from qwen2audio_train.training.stages.run import fit, open_run
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer
 from qwen2audio_train.training.trainers.packed import Diverged, PackedTrainer
-from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe
+from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, warm_up_recipe
 
 TOLERANCE = 1e-5
 
@@ -35,7 +37,12 @@ def run(config: StageConfig) -> PackedTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("make", [recipe, pairs_recipe, encoder_recipe])
+def ctc_recipe(corpus: Path, run_dir: Path, *overrides: str) -> StageConfig:
+    """The audio embeddings are read as tokens besides; what a sample gives depends on the clips of a forward."""
+    return recipe(corpus, run_dir, "ctc.weight=0.5", "ctc.sampled_tokens=0", *overrides)
+
+
+@pytest.mark.parametrize("make", [recipe, pairs_recipe, encoder_recipe, ctc_recipe])
 def test_a_step_may_be_cut_in_any_way(make: Any, noise: Path, tmp_path: Path) -> None:
     """1 x 4 = 2 x 2 = 4 x 1; the optimiser is one that does not forgive a wrong scale.
 
@@ -197,3 +204,30 @@ def test_rates_and_decay_reach_the_optimizer(noise: Path, tmp_path: Path) -> Non
     assert groups["language_model.decay.0"]["weight_decay"] == 0.1
     held = sum(len(group["params"]) for group in groups.values())
     assert held == sum(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_an_auxiliary_loss_is_added_by_its_weight(noise: Path, tmp_path: Path) -> None:
+    """And changes neither the language model's own loss nor what held-out examples are measured by."""
+    held_out = [f"data.eval_sources.speech.path=[{noise}/speech.jsonl]", "trainer.max_steps=1"]
+    plain, beside = (recipe(noise, tmp_path / f"{w}", f"ctc.weight={w}", *held_out) for w in (0.0, 0.5))
+    trainers = [run(config) for config in (plain, beside)]
+    ((loss,),) = logged(plain, "loss")
+    ((total, ctc_loss),) = logged(beside, "loss", "ctc_loss")
+    assert ctc_loss > 1.0
+    assert total == pytest.approx(loss + 0.5 * ctc_loss, rel=TOLERANCE)
+    # the rate of the first step is zero, so both have the weights that they started with
+    measured = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert measured[0] == measured[1]
+    assert [unwrap(trainer.model).ctc_head is None for trainer in trainers] == [True, False]
+
+
+def test_the_head_of_an_auxiliary_loss_is_that_of_the_stage_before(noise: Path, tmp_path: Path) -> None:
+    config = warm_up_recipe(noise, tmp_path / "before", "trainer.max_steps=2")
+    fit(build_trainer(config), config)
+    folder = tmp_path / "before" / "checkpoint-2"
+    start = [f"init_from={folder}", "stage=pretrain", "ctc.weight=0.5"]
+    model = build_trainer(warm_up_recipe(noise, tmp_path / "next", *start)).model
+    saved = load_file(folder / "ctc_head.safetensors")
+    assert float(saved["ctc_head.blank"].norm()) > 0
+    for name, tensor in unwrap(model).ctc_head.state_dict().items():
+        assert torch.equal(tensor, saved[f"ctc_head.{name}"]), name
