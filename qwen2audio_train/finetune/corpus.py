@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import AudioError
 from qwen2audio_train.data.examples import Example, PreferenceExample, TaskExample, UnpairedExample, clips_of
-from qwen2audio_train.data.manifests.columns import columns_of
+from qwen2audio_train.data.manifests.columns import columns_of, reach
 from qwen2audio_train.data.manifests.conversations import is_conversation
 from qwen2audio_train.data.manifests.corpus import FIRST_ROWS, Corpus, open_corpus
 from qwen2audio_train.data.manifests.manifest import read_manifest
@@ -86,9 +86,10 @@ def prepare(config: FinetuneConfig, folder: Path) -> Prepared:
         held_out, bad = read(config, config.held_out, folder, "held_out")
         heard, unread = examine_clips(held_out, folder, "held_out")
         known = {content for found in heard.values() for content in found}
-        train = [example for example in examples if not known & set(contents[example.id])]
+        shared = {name for name, found in contents.items() if known & set(found)}
+        train = [example for example in examples if example.id not in shared]
         held_out, how = [example for example in held_out if example.id in heard], f"held_out={config.held_out}"
-        left_out += [*bad, *unread, *(f"{e.id}: its audio is held out" for e in examples if e not in train)]
+        left_out += [*bad, *unread, *(f"{name}: its audio is held out" for name in sorted(shared))]
     if not train or not held_out:
         side = "train on" if not train else "hold out"
         raise ConfigError(f"audio={config.audio}: nothing to {side}; name another corpus as held_out=")
@@ -128,7 +129,7 @@ def fields_of(config: FinetuneConfig, place: str, key: str) -> tuple[dict[str, s
         )
     corpus = open_corpus(key, SourceConfig([place], format=config.format, split=config.split), Remote(), where=key)
     rows = [row for _, row in islice(_rows(corpus), FIRST_ROWS) if isinstance(row, Mapping)]
-    seen = {column for row in rows for column in columns_of(row)}
+    seen = {column for row in rows for column in columns_of(row) if reach(row, column) not in (None, "")}
     if {"audio", "task", "target"} <= seen or any(map(is_conversation, rows)):
         return dict(config.columns), {}
     if corpus.kind is SourceFormat.audiofolder:
@@ -137,14 +138,8 @@ def fields_of(config: FinetuneConfig, place: str, key: str) -> tuple[dict[str, s
         name: column for name, names in USUAL.items() for column in names[::-1] if column in seen
     }
     found = {name: column for name, column in found.items() if column in seen} | config.columns
-    if "target" not in found:
-        usual = next((column for column in (*SPOKEN, *LABELS) if column in seen), None)
-        if usual is None:
-            raise ConfigError(
-                f"{key}={place}: which column is the transcript or the label? Set columns.target=NAME; "
-                f"there are: {', '.join(sorted(seen))}"
-            )
-        found["target"] = usual
+    if "target" not in config.columns:
+        found["target"] = target_column(seen, config.task, f"{key}={place}")
     if "audio" not in found:
         raise ConfigError(f"{key}={place}: which column is the audio? columns.audio=NAME of {', '.join(sorted(seen))}")
     is_label = found["target"].rpartition(".")[2].lower() not in SPOKEN
@@ -152,6 +147,16 @@ def fields_of(config: FinetuneConfig, place: str, key: str) -> tuple[dict[str, s
     if constants["task"] == "aqa" and "question" not in found:
         constants["question"] = QUESTION
     return found, constants | ({"language": config.language} if config.language else {})
+
+
+def target_column(seen: Collection[str], task: str | None, corpus: str) -> str:
+    """The column of transcripts or labels. Raises ConfigError where there is none, or both and no task."""
+    spoken, label = (next((name for name in names if name in seen), None) for names in (SPOKEN, LABELS))
+    chosen = spoken if task in ("asr", "s2tt") else label or spoken
+    if chosen is None or (task is None and spoken and label):
+        found = f"transcripts ({spoken}) and labels ({label}) are there" if chosen else f"there are {sorted(seen)}"
+        raise ConfigError(f"{corpus}: what is to be learnt? Set columns.target=NAME; {found}")
+    return chosen
 
 
 def one_class(place: str, corpus: Corpus, key: str) -> None:

@@ -79,6 +79,27 @@ def test_a_table_is_read_by_the_usual_names_of_its_columns(table: Path, tmp_path
     assert sides[0] | sides[1] == {"s0", "s1", "s2"}
 
 
+def test_a_table_of_both_is_told_which(table: Path, tmp_path: Path) -> None:
+    lines = table.read_text().splitlines()
+    both = table.with_name("both.csv")
+    both.write_text("\n".join([f"{lines[0]},label", *(f"{line},{'ab'[i % 2]}" for i, line in enumerate(lines[1:]))]))
+    with pytest.raises(ConfigError, match=r"transcripts \(sentence\) and labels \(label\)"):
+        prepared(both, tmp_path)
+    assert prepared(both, tmp_path, task="ser").labels == ["a", "b"]
+    assert prepared(both, tmp_path, columns={"target": "label"}).labels == ["a", "b"]
+    assert prepared(both, tmp_path, task="asr").labels == []
+
+
+def test_what_is_held_out_by_name_is_not_trained_on(classes: Path, tmp_path: Path) -> None:
+    """Two of the clips under other names are held out: their copies leave training."""
+    for label in ("low_tone", "high_tone"):
+        (tmp_path / "test" / label).mkdir(parents=True)
+        (tmp_path / "test" / label / "x.wav").write_bytes((classes / label / "3.wav").read_bytes())
+    found = prepared(classes, tmp_path / "data", held_out=str(tmp_path / "test"))
+    assert (len(found.train), len(found.held_out)) == (18, 2)
+    assert not {e.id for e in found.train} & {"low_tone/3.wav", "high_tone/3.wav"}
+
+
 @pytest.mark.slow
 def test_one_command_trains_scores_and_exports(
     classes: Path, start: Path, noise: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
