@@ -11,11 +11,10 @@ from torch import nn
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase, Qwen2AudioForConditionalGeneration
 
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.prompts.render import rendered_text
 from qwen2audio_train.data.samples.recipe import render_as, save_inputs
-from qwen2audio_train.data.samples.sample import clip_bytes
+from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts, stop_ids
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.layout import SAMPLING_RATE
@@ -85,7 +84,7 @@ def stock_texts(
     texts = []
     for example in examples:
         rendered = render_as(recipe, example, for_generation=True)
-        waveforms = [load_audio(clip, clip_bytes(clip, recipe)) for clip in rendered.clips]
+        waveforms = [load_clip(clip, recipe) for clip in rendered.clips]
         inputs = processor(
             text=rendered_text(rendered), audio=waveforms or None, sampling_rate=SAMPLING_RATE, return_tensors="pt"
         )

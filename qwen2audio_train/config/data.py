@@ -234,6 +234,8 @@ class DataConfig:
     max_bad_share: float = at_least(0, 0.01, 1)
     network_retries: int = at_least(0, 5)
     network_timeout_s: float = at_least(0, 30.0)
+    decode_timeout_s: float = at_least(0.1, 120.0)
+    """Seconds after which a decoder is given up on; its clip is a bad example, and the run goes on."""
     cache_dir: str = "data_cache"
     cache_max_gib: float = at_least(0, 64.0)
     on_changed_data: OnChangedData = OnChangedData.refuse
@@ -261,3 +263,4 @@ class SampleRecipe:
     cache_max_gib: float = DataConfig.cache_max_gib
     network_retries: int = DataConfig.network_retries
     network_timeout_s: float = DataConfig.network_timeout_s
+    decode_timeout_s: float = DataConfig.decode_timeout_s

@@ -15,7 +15,8 @@ import soundfile
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import SourceConfig
-from qwen2audio_train.data.audio.decode import AudioError, load_audio
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.loading.build_streaming import ShardReader

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.data.audio.decode import AudioError
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.quarantine import BadExample, Quarantine, TooManyBadExamples, costing_one_example

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from qwen2audio_train.config.data import AugmentConfig
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import AudioError, load_audio
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.manifests.tables import read_table
 from qwen2audio_train.data.order.permutation import hash_key

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from qwen2audio_train.errors import UserError
+from qwen2audio_train.data.audio.containers import Bytes, FormatError
 
 MISSING = "is M4A, AAC, WebM or MP4, which needs torchcodec and FFmpeg (pip install 'qwen2audio-train[media]')"
-
-
-class MediaError(UserError):
-    """A file that cannot be read through FFmpeg; says why."""
 
 
 def is_media(head: bytes) -> bool:
@@ -29,14 +25,14 @@ class MediaFile:
         longest_s: decoded at most to learn the length of a file whose header does not tell it.
 
     Raises:
-        MediaError: torchcodec or FFmpeg is missing; no audio in it.
+        FormatError: torchcodec or FFmpeg is missing; no audio in it.
     """
 
-    def __init__(self, source: str | IO[bytes], longest_s: float):
+    def __init__(self, source: str | Bytes, longest_s: float):
         try:
             from torchcodec.decoders import AudioDecoder  # an extra; it loads FFmpeg's libraries
         except (ImportError, OSError, RuntimeError) as error:
-            raise MediaError(f"{MISSING}: {str(error).strip().splitlines()[0]}") from error
+            raise FormatError(f"{MISSING}: {str(error).strip().splitlines()[0]}") from error
         try:
             self._decoder: Any = AudioDecoder(source if isinstance(source, str) else source.read())
             header = self._decoder.metadata
@@ -44,7 +40,7 @@ class MediaFile:
             length = header.duration_seconds_from_header
             self.frames = len(self._samples(0, longest_s + 1)) if length is None else round(length * self.samplerate)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise MediaError(f"holds no audio that FFmpeg reads ({str(error).strip().splitlines()[0]})") from error
+            raise FormatError(f"holds no audio that FFmpeg reads ({str(error).strip().splitlines()[0]})") from error
         self._place = 0
 
     def __enter__(self) -> MediaFile:

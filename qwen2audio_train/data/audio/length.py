@@ -1,13 +1,14 @@
-"""How long a clip is whose manifest does not say so."""
+"""How long a clip is, whether or not its manifest says so."""
 
 from __future__ import annotations
 
-from qwen2audio_train.data.audio.decode import AudioError, probe
+from qwen2audio_train.data.audio.decode import REMOTE, clip_duration
+from qwen2audio_train.data.audio.files import LIMITS, AudioLimits
 from qwen2audio_train.data.examples import Clip
-from qwen2audio_train.layout import MIN_DURATION_S
+from qwen2audio_train.data.storage.remote import Remote
 
 
-def clip_length(clip: Clip, data: bytes | None = None) -> float:
+def clip_length(clip: Clip, data: bytes | None = None, limits: AudioLimits = LIMITS, remote: Remote = REMOTE) -> float:
     """Seconds of a clip, from its file's header where the clip itself does not say.
 
     Args:
@@ -20,8 +21,4 @@ def clip_length(clip: Clip, data: bytes | None = None) -> float:
         return clip.duration_s
     if clip.end_s is not None:
         return clip.end_s - clip.start_s
-    whole = probe(clip.path, data).duration_s
-    if whole - clip.start_s < MIN_DURATION_S:
-        reason = f"is {whole:.3f} s long: from {clip.start_s:g} s on no clip of at least {MIN_DURATION_S:g} s is left"
-        raise AudioError(clip.path, reason)
-    return whole - clip.start_s
+    return clip_duration(clip, data, limits, remote)

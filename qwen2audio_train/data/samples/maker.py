@@ -20,8 +20,8 @@ from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference, unpacked
 from qwen2audio_train.data.samples.collate_kto import Answers, pack_unpaired
-from qwen2audio_train.data.samples.recipe import plain, recipe_of, render_as
-from qwen2audio_train.data.samples.sample import Sample, clip_bytes, materialise
+from qwen2audio_train.data.samples.recipe import limits_of, plain, recipe_of, remote_of, render_as
+from qwen2audio_train.data.samples.sample import Sample, materialise
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
@@ -121,10 +121,14 @@ def measure(
 
 
 def with_duration(clip: Clip, recipe: SampleRecipe, data: bytes | None = None) -> Clip:
-    """The clip with its duration, read from the header of the file (or of its `data`) where the manifest has none."""
+    """The clip with its duration, read from the header of the file (or of its `data`) where the manifest has none.
+
+    Raises:
+        AudioError: the file cannot be read, or has no such slice.
+    """
     if clip.duration_s is not None:
         return clip
-    return dataclasses.replace(clip, duration_s=clip_length(clip, clip_bytes(clip, recipe) if data is None else data))
+    return dataclasses.replace(clip, duration_s=clip_length(clip, data, limits_of(recipe), remote_of(recipe)))
 
 
 def is_long(duration_s: float) -> bool:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.data import DataConfig, SampleRecipe
 from qwen2audio_train.config.schema import ConfigError, load_config
+from qwen2audio_train.data.audio.files import AudioLimits
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.prompts.render import Rendered, render
 from qwen2audio_train.data.prompts.tokenizer import save_processor
@@ -34,6 +35,11 @@ def recipe_of(data: DataConfig, num_mel_bins: int) -> SampleRecipe:
 def remote_of(keys: DataConfig | SampleRecipe) -> Remote:
     """How remote files are to be read."""
     return Remote(keys.cache_dir, keys.cache_max_gib, keys.network_retries, keys.network_timeout_s)
+
+
+def limits_of(keys: DataConfig | SampleRecipe) -> AudioLimits:
+    """What is decoded at most, and for how long."""
+    return AudioLimits(timeout_s=keys.decode_timeout_s)
 
 
 def render_as(recipe: SampleRecipe, example: Example, *, for_generation: bool = False) -> Rendered:

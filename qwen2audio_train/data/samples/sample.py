@@ -11,17 +11,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import LongAudio, SampleRecipe
-from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, load_audio
+from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Clip, Example
 from qwen2audio_train.data.prompts.render import Rendered
 from qwen2audio_train.data.prompts.tokenize import tokenize, transcript_ids
-from qwen2audio_train.data.samples.recipe import remote_of, render_as
-from qwen2audio_train.data.storage.blobs import BlobError
+from qwen2audio_train.data.samples.recipe import limits_of, remote_of, render_as
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import MAX_SAMPLES, SAMPLING_RATE, window_samples
-
-LIMITS = AudioLimits()
 
 DURATION_TOLERANCE_S = 0.5
 """A clip may be so much (or 2 %) longer or shorter than its manifest says: encoders pad, and durations are rounded."""
@@ -92,10 +89,7 @@ def materialise(
     rendered = render_as(recipe, example, for_generation=for_generation)
     contents = audio_bytes if audio_bytes is not None else [None] * len(rendered.clips)
     began = time.perf_counter()
-    waveforms = [
-        load_audio(clip, clip_bytes(clip, recipe) if data is None else data, LIMITS)
-        for clip, data in zip(rendered.clips, contents, strict=True)
-    ]
+    waveforms = [load_clip(clip, recipe, data) for clip, data in zip(rendered.clips, contents, strict=True)]
     decode_s = time.perf_counter() - began
     _check_durations(rendered, waveforms)
     if augment_waveform is not None:
@@ -106,12 +100,9 @@ def materialise(
     return replace(sample, decode_s=decode_s)
 
 
-def clip_bytes(clip: Clip, recipe: SampleRecipe) -> bytes | None:
-    """Bytes of a clip's file where it is no plain local one. Raises AudioError."""
-    try:
-        return remote_of(recipe).read_clip(clip.path, LIMITS.max_bytes)
-    except BlobError as error:
-        raise AudioError(clip.path, str(error)) from error
+def load_clip(clip: Clip, recipe: SampleRecipe, data: bytes | None = None) -> np.ndarray:
+    """`load_audio` within the recipe's deadline, remote files read as it says. Raises AudioError."""
+    return load_audio(clip, data, limits_of(recipe), remote_of(recipe))
 
 
 def build_sample(

@@ -9,8 +9,10 @@ In front of any of them, and of a plain file, may stand a protocol that fsspec k
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +45,88 @@ class TarMember:
         return f"{tar}::{self.offset}+{self.size}::{self.name}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """A stretch of a local file: `size` bytes from `offset` on, or all that follows."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+    @property
+    def is_whole_file(self) -> bool:
+        return self.offset == 0 and self.size is None
+
+    def read(self, max_bytes: int) -> bytes:
+        """All of it. Raises BlobError beyond `max_bytes`, OSError."""
+        with Span(self) as file:
+            if file.size > max_bytes:
+                raise BlobError(f"is larger than the limit of {max_bytes} bytes")
+            return file.read()
+
+
+class Span(io.RawIOBase):
+    """A stretch of a local file as a file of its own, without reading the rest.
+
+    Args:
+        patch: an offset in the stretch, and bytes that stand there instead of the file's.
+
+    Raises:
+        BlobError: no file, or the stretch reaches beyond its end.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, place: Place, patch: tuple[int, bytes] | None = None):
+        self._fd = -1
+        if "\0" in place.path:
+            raise BlobError("a path cannot hold a zero byte")
+        if not stat.S_ISREG(os.stat(place.path).st_mode):  # a pipe would never open
+            raise BlobError("no such file: it is a folder, a pipe or a device")
+        self._fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        length = os.fstat(self._fd).st_size
+        self.offset, self.size = place.offset, length - place.offset if place.size is None else place.size
+        if self.offset + self.size > length:
+            raise BlobError(
+                f"the tar file is cut off: it has {length} bytes, the member ends at {self.offset + self.size}"
+            )
+        self._patch, self._at = patch, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = bytearray(min(size if size >= 0 else self.size, max(0, self.size - self._at)))
+        return bytes(data[: self.readinto(data)])
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self.size - self._at)]
+        number = os.preadv(self._fd, [view], self.offset + self._at) if view else 0
+        if self._patch is not None:
+            start, data = self._patch[0] - self._at, self._patch[1]
+            first, last = max(start, 0), min(start + len(data), number)
+            if first < last:
+                view[first:last] = data[first - start : last - start]
+        self._at += number
+        return number
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        super().close()
+
+
 def is_inside(path: str) -> bool:
     """Whether a path names a file inside of another file."""
     return ".tar::" in path or CELL.fullmatch(path) is not None
@@ -56,14 +140,21 @@ def container(path: str) -> str:
 
 def read_inside(path: str, max_bytes: int, local: str | None = None) -> bytes:
     """The bytes of a file inside of a local file (`local`: where the outer one really lies). Raises BlobError."""
+    found = find_inside(path, max_bytes, local)
+    try:
+        return found if isinstance(found, bytes) else found.read(max_bytes)
+    except OSError as error:
+        raise BlobError(f"the tar file cannot be read ({error.strerror})") from error
+
+
+def find_inside(path: str, max_bytes: int, local: str | None = None) -> bytes | Place:
+    """Where a member of a local tar stands, or the bytes of a cell. Raises BlobError."""
     outer = local or container(path)
     if match := CELL.fullmatch(path):
         return _read_cell(outer, int(match["row"]), match["column"], max_bytes)
     if match := PLACED.fullmatch(path):
-        place = (int(match["offset"]), int(match["size"]))
-    else:
-        place = _find(outer, path.partition(".tar::")[2])
-    return _read_range(outer, *place, max_bytes)
+        return Place(outer, int(match["offset"]), int(match["size"]))
+    return Place(outer, *_find(outer, path.partition(".tar::")[2]))
 
 
 def list_members(file: IO[bytes]) -> Iterator[TarMember]:
@@ -134,19 +225,6 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _read_range(tar: str, offset: int, size: int, max_bytes: int) -> bytes:
-    if size > max_bytes:
-        raise BlobError(f"is larger than the limit of {max_bytes} bytes")
-    try:
-        with open(tar, "rb") as file:
-            data = os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise BlobError(f"the tar file cannot be read ({error.strerror})") from error
-    if len(data) < size:
-        raise BlobError("the tar file is cut off")
-    return data
-
-
 def _find(tar: str, member: str) -> tuple[int, int]:
     try:
         return member_places(tar)[member]
@@ -187,8 +265,10 @@ def _read_cell(path: str, row: int, column: str, max_bytes: int) -> bytes:
 def _beside(arrow: str, path: str | None, max_bytes: int) -> bytes | None:
     if not path:
         return None
-    with open(os.path.join(os.path.dirname(arrow), path), "rb") as file:
-        return file.read(max_bytes + 1)
+    try:
+        return Place(os.path.join(os.path.dirname(arrow), path)).read(max_bytes)
+    except OSError as error:
+        raise BlobError(f"its audio file {path!r} cannot be read ({error.strerror})") from error
 
 
 @lru_cache(maxsize=64)

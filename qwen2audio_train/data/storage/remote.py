@@ -12,6 +12,7 @@ import math
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,10 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-from qwen2audio_train.data.storage.blobs import BlobError, container, is_inside, read_inside
+from qwen2audio_train.data.storage.blobs import BlobError, Place, container, find_inside, is_inside
 from qwen2audio_train.data.storage.files import locked
+
+Result = TypeVar("Result")
 
 CHUNK = 2**20
 FINAL_STATUS = range(400, 500)
@@ -32,7 +35,7 @@ EVICTIONS = 5
 """Times that a shard is fetched again because other processes have made room where it lay."""
 
 _FAILED: dict[str, tuple[float, str]] = {}
-"""When a shard could last not be had, and why; by its place in the cache."""
+"""When a shard could last not be had, or a host not be reached, and why; by place in the cache and by host."""
 
 
 class RemoteError(BlobError):
@@ -58,16 +61,33 @@ class Remote:
 
     def read_clip(self, path: str, max_bytes: int) -> bytes | None:
         """The bytes of a clip's file, None if it is a plain local file. Raises BlobError."""
-        if not is_inside(path):
-            return self.read(path, max_bytes) if "://" in path else None
+        if not is_inside(path) and "://" not in path:
+            return None
+        return self.reading(path, max_bytes, lambda s: s if isinstance(s, bytes) else s.read(max_bytes))
+
+    def reading(
+        self, path: str, max_bytes: int, work: Callable[[bytes | Place], Result], in_parts: bool = False
+    ) -> Result:
+        """What `work` makes of a clip's file, wherever it lies: handed over as bytes or as a stretch of a local file.
+
+        Args:
+            in_parts: slices of a file are asked for one by one: a remote one is then fetched once, into the cache.
+
+        Raises:
+            BlobError: it cannot be had.
+            OSError: a local file cannot be read.
+        """
         outer = container(path)
         if "://" not in outer:
-            return read_inside(path, max_bytes)
+            return work(find_inside(path, max_bytes) if is_inside(path) else Place(path))
+        if not is_inside(path) and not in_parts:
+            return work(self.read(path, max_bytes))
         for _ in range(EVICTIONS):
+            local = self.shard(outer)
             try:
-                return read_inside(path, max_bytes, local=self.shard(outer))
-            except BlobError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
+                return work(find_inside(path, max_bytes, local) if is_inside(path) else Place(local))
+            except (BlobError, FileNotFoundError) as error:
+                if not isinstance(error.__cause__ or error, FileNotFoundError):
                     raise
         raise RemoteError(f"was evicted {EVICTIONS} times before it could be read; raise data.cache_max_gib")
 
@@ -80,7 +100,7 @@ class Remote:
             if len(data) > max_bytes:
                 raise RemoteError(f"is larger than the limit of {max_bytes} bytes")
 
-        self._retried(lambda: self._transfer(url, len(data), receive))
+        self._retried(url, lambda: self._transfer(url, len(data), receive))
         return bytes(data)
 
     def shard(self, url: str) -> str:
@@ -90,9 +110,7 @@ class Remote:
             RemoteError: it cannot be had; for the next `timeout_s` without asking again.
         """
         place = self._place(url)
-        failed_at, reason = _FAILED.get(str(place), (-math.inf, ""))
-        if time.monotonic() - failed_at < self.timeout_s:  # each of its examples would wait for all the retries
-            raise RemoteError(reason)
+        self._refuse_if_failed(str(place))
         if not self._touch(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             with locked(place.with_name(f"{place.name}.lock")):
@@ -122,7 +140,7 @@ class Remote:
     def _fetch(self, url: str, place: Path) -> None:
         part = place.with_name(f"{place.name}.part")
         with part.open("wb") as file:
-            self._retried(lambda: self._transfer(url, file.tell(), file.write))
+            self._retried(url, lambda: self._transfer(url, file.tell(), file.write))
         self._make_room(part.stat().st_size, place.parent)
         os.replace(part, place)
 
@@ -139,7 +157,15 @@ class Remote:
             path.unlink(missing_ok=True)
             excess -= status.st_size
 
-    def _retried(self, attempt: Callable[[], None]) -> None:
+    def _refuse_if_failed(self, what: str) -> None:
+        """Raise what was raised for it a short while ago: else each example of it would wait for all the retries."""
+        failed_at, reason = _FAILED.get(what, (-math.inf, ""))
+        if time.monotonic() - failed_at < self.timeout_s:
+            raise RemoteError(reason)
+
+    def _retried(self, url: str, attempt: Callable[[], None]) -> None:
+        host = "//" + urllib.parse.urlsplit(url).netloc
+        self._refuse_if_failed(host)
         for number in range(self.retries + 1):
             try:
                 attempt()
@@ -148,8 +174,10 @@ class Remote:
                 if _is_final(error):
                     raise RemoteError(f"cannot be fetched ({error})") from error
                 if number == self.retries:
-                    tries = f"{number + 1} tries"
-                    raise RemoteError(f"cannot be fetched after {tries} ({error or repr(error)})") from error
+                    reason = f"cannot be fetched after {number + 1} tries ({error or repr(error)})"
+                    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+                        _FAILED[host] = (time.monotonic(), reason)
+                    raise RemoteError(reason) from error
                 time.sleep(self.backoff_s * 2**number)
 
     def _transfer(self, url: str, start: int, receive: Callable[[bytes], object]) -> None:

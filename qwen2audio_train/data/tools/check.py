@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from qwen2audio_train.config.bounds import processors
-from qwen2audio_train.config.data import DataConfig, SourceConfig
-from qwen2audio_train.data.audio.decode import AudioError
+from qwen2audio_train.config.data import DataConfig, SampleRecipe, SourceConfig
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.examples import (
     ChatExample,
     Example,
@@ -144,8 +144,9 @@ def check_source(
     """Every line of a source's manifests and, with `decode`, every clip."""
     result = Checked(name)
     clips = _clips(manifests, result, options, maker)
+    recipe = SampleRecipe(cache_dir=options.cache_dir)
     if options.decode:
-        for placed, found in examine_all(clips, _notes(name, options), options.num_workers):
+        for placed, found in examine_all(clips, _notes(name, options), options.num_workers, recipe):
             _judge(result, placed, found, options)
     else:
         for placed in clips:

@@ -14,12 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, load_audio
+from qwen2audio_train.config.data import SampleRecipe
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.examples import Clip, Example
+from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.data.storage.blobs import container
 from qwen2audio_train.data.storage.files import text_hash
 from qwen2audio_train.data.storage.parallel import in_order
 from qwen2audio_train.layout import SAMPLING_RATE
+
+BLOCK = 2**20
+"""Samples that are measured at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +46,29 @@ class Placed(NamedTuple):
     file: str = ""
 
 
-def examine(clip: Clip) -> ClipFacts | AudioError:
-    """Decode a clip and measure it; an error is returned, not raised."""
+def examine(clip: Clip, recipe: SampleRecipe = SampleRecipe()) -> ClipFacts | AudioError:
+    """Decode a clip as training will, and measure it; an error is returned, not raised."""
     try:
-        waveform = load_audio(clip, limits=AudioLimits(max_duration_s=float("inf")))
+        waveform = load_clip(clip, recipe)
     except AudioError as error:
         return error
-    level = np.abs(waveform)
-    content = hashlib.blake2b(np.round(waveform * 32_767).astype("<i4").tobytes(), digest_size=16).hexdigest()
+    peak, clipped, content = 1e-10, 0, hashlib.blake2b(digest_size=16)
+    for start in range(0, len(waveform), BLOCK):  # so that half an hour needs no more than itself
+        block = waveform[start : start + BLOCK]
+        level = np.abs(block)
+        peak = max(peak, float(level.max()))
+        clipped += int((level >= 0.999).sum())
+        content.update(np.round(block * 32_767).astype("<i4").tobytes())
     return ClipFacts(
         duration_s=len(waveform) / SAMPLING_RATE,
-        peak_dbfs=float(20 * np.log10(max(level.max(), 1e-10))),
-        clipped_share=float((level >= 0.999).mean()),
-        content=content,
+        peak_dbfs=float(20 * np.log10(peak)),
+        clipped_share=clipped / len(waveform),
+        content=content.hexdigest(),
     )
 
 
 def examine_all(
-    clips: Iterable[Placed], notes: Path, num_workers: int
+    clips: Iterable[Placed], notes: Path, num_workers: int, recipe: SampleRecipe = SampleRecipe()
 ) -> Iterator[tuple[Placed, ClipFacts | AudioError]]:
     """The clips in order with their facts, worked out in threads (decoding and hashing let go of the interpreter).
 
@@ -80,7 +90,7 @@ def examine_all(
             yield placed, found
         workers = max(1, num_workers)
         with ThreadPoolExecutor(workers) as pool:
-            for placed, facts in in_order(pool, lambda item: examine(item.clip), rest, ahead=4 * workers):
+            for placed, facts in in_order(pool, lambda item: examine(item.clip, recipe), rest, ahead=4 * workers):
                 file.write(_note(placed.clip, facts))
                 yield placed, facts
 

@@ -25,24 +25,26 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qwen2audio_train.config.bounds import processors
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import AudioLimits, load_audio, open_audio, probe
+from qwen2audio_train.data.audio.decode import clip_duration, load_as_stored, load_audio
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
 from qwen2audio_train.data.manifests.corpus import OWN_RECORD
 from qwen2audio_train.data.manifests.manifest import to_record
 from qwen2audio_train.data.order.index import Index, Measured, open_index, why_empty
 from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample
+from qwen2audio_train.data.samples.recipe import limits_of, remote_of
 from qwen2audio_train.data.storage.blobs import BLOCK, TarMember
 from qwen2audio_train.data.storage.files import write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
-from qwen2audio_train.data.storage.remote import Remote
 from qwen2audio_train.data.tools.sources import open_manifests
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import SAMPLING_RATE
 
 BYTES_PER_S = 18_000
 """Of FLAC at 16 kHz, for the plan alone."""
+MOST_FLAC_CHANNELS = 8
 
 
 @dataclass
@@ -154,7 +156,7 @@ def _write_shard(index: Index, options: ShardOptions, job: tuple[int, NDArray[np
             try:
                 example = index.read(row)
                 name = example.id
-                files = [_encoded(clip, options.audio) for clip in clips_of(example)]
+                files = [_encoded(clip, options) for clip in clips_of(example)]
             except (ExampleError, OSError) as error:
                 bad.append(BadExample.of(error, name))
                 continue
@@ -195,28 +197,27 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> int:
     return archive.offset - -(-len(data) // BLOCK) * BLOCK
 
 
-def _encoded(clip: Clip, audio: str) -> tuple[str, bytes]:
-    """Ending and bytes of a clip's file: as it is, or the slice as FLAC."""
-    limits = AudioLimits()
-    data = Remote().read_clip(clip.path, limits.max_bytes)
-    if audio == "flac":
-        return "flac", _flac(load_audio(clip, data), SAMPLING_RATE, "PCM_16")
+def _encoded(clip: Clip, options: ShardOptions) -> tuple[str, bytes]:
+    """Ending and bytes of a clip's file: as it is, or the slice in a form that loses nothing."""
+    recipe = SampleRecipe(cache_dir=options.cache_dir)
+    limits, remote = limits_of(recipe), remote_of(recipe)
+    if options.audio == "flac":
+        return _lossless(load_audio(clip, None, limits, remote), SAMPLING_RATE, "PCM_16")
     if clip.start_s == 0 and clip.end_s is None:
-        probe(clip.path, data)  # what is no audio is told here, not by whoever trains on it
+        data = remote.read_clip(clip.path, limits.max_bytes)
+        clip_duration(clip, data, limits)  # what is no audio is told here, not by whoever trains on it
         return Path(clip.path).suffix.lstrip(".").lower() or "wav", data or Path(clip.path).read_bytes()
-    with open_audio(clip.path, data, limits) as file:
-        start = round(clip.start_s * file.samplerate)
-        stop = file.frames if clip.end_s is None else min(round(clip.end_s * file.samplerate), file.frames)
-        file.seek(start)
-        deep = getattr(file, "subtype", "FLOAT") in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
-        samples = file.read(stop - start, dtype="float64", always_2d=True)
-        return "flac", _flac(samples, file.samplerate, "PCM_24" if deep else "PCM_16")
+    samples, rate, is_deep = load_as_stored(clip, None, limits, remote)
+    return _lossless(samples, rate, "PCM_24" if is_deep else "PCM_16")
 
 
-def _flac(samples: NDArray[np.floating], rate: int, subtype: str) -> bytes:
+def _lossless(samples: NDArray[np.floating], rate: int, subtype: str) -> tuple[str, bytes]:
+    """Ending and bytes of a FLAC file; of a WAV of floats where FLAC would clip, or has not so many channels."""
+    fits = np.abs(samples).max(initial=0) <= 1 and (samples.ndim == 1 or samples.shape[1] <= MOST_FLAC_CHANNELS)
+    ending, subtype = ("flac", subtype) if fits else ("wav", "FLOAT")
     out = io.BytesIO()
-    soundfile.write(out, samples, rate, format="FLAC", subtype=subtype)
-    return out.getvalue()
+    soundfile.write(out, samples, rate, format=ending.upper(), subtype=subtype)
+    return ending, out.getvalue()
 
 
 def _summary(output: Path, name: str, num_shards: int, bad: list[BadExample]) -> Sharded:

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qwen2audio_train.data.audio.decode import AudioError, load_audio
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.prompts.pools import describe_tasks

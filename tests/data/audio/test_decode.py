@@ -14,7 +14,8 @@ import pytest
 import soundfile
 import torch
 
-from qwen2audio_train.data.audio.decode import AudioError, AudioLimits, _whole_flac, load_audio, probe
+from qwen2audio_train.data.audio.decode import _whole_flac, clip_duration, load_audio, probe
+from qwen2audio_train.data.audio.files import AudioError, AudioLimits
 from qwen2audio_train.data.examples import Clip
 
 Tone = Callable[..., Path]
@@ -184,13 +185,22 @@ def test_too_short(tmp_path: Path, num_samples: int, says: str) -> None:
         load_audio(clip(tmp_path / "a.wav"))
 
 
+NO_AUDIO = {
+    b"": "is empty",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n": "git-lfs pointer.*git lfs pull",
+    b"\n<!DOCTYPE html><html>404</html>": "is a web page",
+    b'{"error": "not found"}': "is JSON",
+    b"PK\x03\x04\x14\0": "is a zip archive",
+    bytes(range(100, 200)): "no audio that libsndfile reads",
+}
+
+
 def test_files_that_are_no_audio(tmp_path: Path) -> None:
-    (tmp_path / "a.wav").write_text("<html>404</html>")
-    (tmp_path / "empty.flac").write_bytes(b"")
-    with pytest.raises(AudioError, match="no audio that libsndfile reads"):
-        load_audio(clip(tmp_path / "a.wav"))
-    with pytest.raises(AudioError, match="no audio that libsndfile reads"):
-        load_audio(clip(tmp_path / "empty.flac"))
+    for content, says in NO_AUDIO.items():
+        (tmp_path / "a.wav").write_bytes(content)
+        for read in (load_audio, clip_duration):
+            with pytest.raises(AudioError, match=says):
+                read(clip(tmp_path / "a.wav"))
     with pytest.raises(AudioError, match="no such file"):
         load_audio(clip(tmp_path / "none.wav"))
     with pytest.raises(AudioError, match="no such file"):

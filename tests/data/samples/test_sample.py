@@ -12,7 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import LongAudio, PromptStyle, SampleRecipe
-from qwen2audio_train.data.audio.decode import AudioError, load_audio
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
 from qwen2audio_train.data.manifests.manifest import read_manifest

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from transformers import PreTrainedTokenizerFast
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.prompts.tokenizer import save_processor
 from qwen2audio_train.data.tools.check import CheckOptions, check, summary
@@ -127,7 +128,7 @@ def test_a_check_that_was_broken_off_goes_on(manifest: Path, tmp_path: Path, mon
     whole = check(options)
     opened: list[str] = []
 
-    def until_the_fourth(clip: Clip) -> Any:
+    def until_the_fourth(clip: Clip, recipe: SampleRecipe) -> Any:
         if len(opened) == 4:
             raise KeyboardInterrupt
         opened.append(clip.path)
@@ -137,7 +138,8 @@ def test_a_check_that_was_broken_off_goes_on(manifest: Path, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         check(options)
     monkeypatch.setattr(
-        "qwen2audio_train.data.tools.clip_facts.examine", lambda clip: (opened.append(clip.path), examine(clip))[1]
+        "qwen2audio_train.data.tools.clip_facts.examine",
+        lambda clip, recipe: (opened.append(clip.path), examine(clip, recipe))[1],
     )
     assert check(options) == whole
     assert len(opened) == 8  # every clip once

@@ -1,0 +1,319 @@
+"""What a file's container says of its length, held against the file: cut off, of unknown length, or no audio at all.
+
+Decoders believe a header that promises more than is there, shorten what they say to what they find, or give up on the
+sizes that a writer into a pipe leaves behind. So the container is read first: what is cut off is refused in words, and
+where a size was never filled in, the header is mended before a decoder sees it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from qwen2audio_train.errors import ExampleError
+
+UNKNOWN_32, UNKNOWN_64 = 0x7F000000, 2**62
+"""Writers into pipes put sizes from here on: 0xFFFFFFFF (FFmpeg), 0x7FFFF000 (SoX, WAV), 0x7F000008 (SoX, AIFF)."""
+TOLERANCE = 64
+"""Bytes that a header may promise too many: some writers count the header (44) or chunk heads (8) into the data."""
+LONGEST_PAGE = 65_307
+LONGEST_FLAC_FRAME = 2**18
+W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+
+
+class Bytes(Protocol):
+    """As much of a binary file as is needed here."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def close(self) -> None: ...
+
+
+Patch = tuple[int, bytes]
+"""Bytes that stand in for the file's own from an offset on."""
+
+
+class FormatError(ExampleError):
+    """A file that cannot be read; says why and what to do."""
+
+
+class Form(NamedTuple):
+    """Where a container's first chunk stands, layout of a chunk's head, padding, name of the one with the samples."""
+
+    first: int
+    head: str
+    pad: int
+    data: bytes
+    unknown: int = UNKNOWN_32
+    counts_head: bool = False
+
+
+FORMS = {
+    b"RIFF": Form(12, "<4sI", 2, b"data"),
+    b"RF64": Form(12, "<4sI", 2, b"data"),
+    b"BW64": Form(12, "<4sI", 2, b"data"),
+    b"RIFX": Form(12, ">4sI", 2, b"data"),
+    b"FORM": Form(12, ">4sI", 2, b"SSND"),
+    b"caff": Form(8, ">4sq", 1, b"data", UNKNOWN_64),
+    b"riff": Form(40, "<16sQ", 8, W64_DATA, UNKNOWN_64, counts_head=True),
+}
+
+NO_AUDIO = (
+    (b"version https://git-lfs", "is a git-lfs pointer and not the file itself: run `git lfs pull` where it came from"),
+    (b"<", "is a web page or XML (a download that went wrong?), not audio: fetch the file again"),
+    (b"{", "is JSON, not audio: is the path that of a manifest, or an error message that was saved?"),
+    (b"[", "is JSON, not audio: is the path that of a manifest, or an error message that was saved?"),
+    (b"PK\x03\x04", "is a zip archive: unpack it, or put the files into a .tar"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it"),
+    (b"BZh", "is compressed with bzip2: unpack it"),
+    (b"\xfd7zXZ", "is compressed with xz: unpack it"),
+    (b"7z\xbc\xaf", "is a 7z archive: unpack it, or put the files into a .tar"),
+    (b"Rar!", "is a RAR archive: unpack it, or put the files into a .tar"),
+    (b"%PDF", "is a PDF document, not audio"),
+)
+
+
+class Data(NamedTuple):
+    """Where the samples of a chunked file stand, what its header promises, and where it does so."""
+
+    start: int
+    promised: int
+    field: int
+    codec: int
+    tolerance: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found: bytes of the header to mend, or the stretch that holds MP3 frames.
+
+    `is_settled` where the container has told the length, and no decoder need be asked.
+    """
+
+    patch: Patch | None = None
+    mp3: tuple[int, int] | None = None
+    is_settled: bool = True
+
+
+def examine(file: Bytes, size: int) -> Layout:
+    """Look through a file's container.
+
+    Raises:
+        FormatError: cut off, or no audio and it is known what instead.
+    """
+    file.seek(0)
+    head = file.read(64)
+    if not head:
+        raise FormatError("is empty (0 bytes): fetch or write it again")
+    for beginning, reason in NO_AUDIO:
+        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(beginning):
+            raise FormatError(reason)
+    if head[:4] in FORMS:
+        return _chunked(file, size, FORMS[head[:4]])
+    if head[:4] == b".snd":
+        start, promised = struct.unpack(">II", head[4:12])
+        return _held_against(Data(start, promised, 8, 0, TOLERANCE), size, FORMS[b"FORM"], b"")
+    if head[:4] == b"OggS":
+        _check_ogg(file, size)
+        return Layout()
+    if head[:4] == b"fLaC":
+        patch = _flac_patch(file, size, head)
+        return Layout(patch, is_settled=patch is not None)
+    if head[:3] == b"ID3" or is_mpeg(head):
+        start = after_tags(file)
+        file.seek(start)
+        if is_mpeg(file.read(4)):
+            return Layout(mp3=(start, size))
+    if head[4:8] == b"ftyp":
+        _check_mp4(file, size)
+    return Layout(is_settled=False)
+
+
+def mended(data: bytes, patch: Patch | None) -> bytes:
+    """The file's bytes with those of the patch in their place."""
+    return data if patch is None else data[: patch[0]] + patch[1] + data[patch[0] + len(patch[1]) :]
+
+
+def with_flac_length(data: bytes) -> bytes:
+    """A FLAC file that tells how many samples it holds. Raises FormatError where it does not and is cut off."""
+    return mended(data, _flac_patch(io.BytesIO(data), len(data), data[:64]))
+
+
+def is_mpeg(head: bytes) -> bool:
+    """Whether these bytes begin with the header of an MPEG audio frame (layer I to III)."""
+    return len(head) >= 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06 != 0
+
+
+def after_tags(file: Bytes) -> int:
+    """Where a file goes on after its ID3v2 tags."""
+    start = 0
+    while True:
+        file.seek(start)
+        head = file.read(10)
+        if len(head) < 10 or head[:3] != b"ID3" or max(head[6:10]) > 127:
+            return start
+        footer = 10 if head[5] & 0x10 else 0
+        start += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)) + footer
+
+
+def _chunked(file: Bytes, size: int, form: Form) -> Layout:
+    head_size, place = struct.calcsize(form.head), form.first
+    codec, tolerance, long_size = 0, TOLERANCE, None
+    while place + head_size <= size:
+        file.seek(place)
+        name, promised = struct.unpack(form.head, file.read(head_size))
+        body = file.read(32)
+        if name == form.data:
+            if promised == 0xFFFFFFFF and long_size is not None:
+                promised = long_size
+            promised -= head_size if form.counts_head and 0 < promised < form.unknown else 0
+            field = place + head_size - struct.calcsize(form.head[0] + form.head[-1])
+            found = Data(place + head_size, promised, field, codec, tolerance)
+            return _held_against(found, size, form, body)
+        if name == b"fmt " and len(body) >= 16:
+            codec, align = struct.unpack(form.head[0] + "H10xH", body[:14])
+            tolerance = max(TOLERANCE, align)
+        elif name == b"ds64" and len(body) >= 16:
+            long_size = int.from_bytes(body[8:16], "little")
+        step = promised if form.counts_head else head_size + promised
+        if step < head_size:
+            break
+        place += -(-step // form.pad) * form.pad
+    return Layout()
+
+
+def _held_against(data: Data, size: int, form: Form, body: bytes) -> Layout:
+    """The promised size held against the file's: as it is, mended where it was never filled in, or refused."""
+    rest = size - data.start
+    promised, patch = data.promised, None
+    if promised < 0 or (promised == 0 and rest > 0 and not _is_another_chunk(body, form)):
+        width = struct.calcsize("<" + form.head[-1])
+        order = "big" if form.head[0] == ">" else "little"
+        told = rest + (24 if form.counts_head else 0)
+        patch = data.field, min(told, 256**width - 1).to_bytes(width, order)
+        promised = rest
+    elif promised < form.unknown and promised - rest > data.tolerance:
+        raise FormatError(
+            f"is cut off: its header promises {promised} bytes of audio and {max(rest, 0)} are there; "
+            "fetch or write the file again"
+        )
+    if data.codec == 0x55:  # MP3 inside of WAV
+        return Layout(mp3=(data.start, data.start + min(promised, rest)))
+    return Layout(patch)
+
+
+def _is_another_chunk(body: bytes, form: Form) -> bool:
+    """Whether what follows an empty chunk of samples is the next chunk, so that it is really empty."""
+    return (body[:4].isalnum() and body[:4].isascii()) or body[:4] == b"id3 "
+
+
+def _check_ogg(file: Bytes, size: int) -> None:
+    """Raises FormatError unless the last page is whole and marked as the stream's end."""
+    first = _first_streams(file)
+    file.seek(max(0, size - 2 * LONGEST_PAGE))
+    tail = file.read(2 * LONGEST_PAGE)
+    place = tail.rfind(b"OggS")
+    page = tail[place:]
+    num_segments = page[26] if len(page) > 26 else 255
+    if len(page) < 27 + num_segments + sum(page[27 : 27 + num_segments]):
+        raise FormatError("is cut off: its last Ogg page is not whole; fetch or write the file again")
+    if not page[5] & 4:
+        raise FormatError(
+            "lacks Ogg's end-of-stream mark, so it is cut off or its writer never finished; "
+            "if it is whole, `ffmpeg -i IN -c copy OUT` puts the mark in"
+        )
+    if page[14:18] not in first:
+        raise FormatError("holds several Ogg streams one after the other: make one of them, `ffmpeg -i IN OUT.flac`")
+
+
+def _first_streams(file: Bytes) -> set[bytes]:
+    """Serial numbers of the streams that begin where the file begins."""
+    found: set[bytes] = set()
+    place = 0
+    while True:
+        file.seek(place)
+        page = file.read(27 + 255)
+        if page[:4] != b"OggS" or len(page) < 28 or not page[5] & 2:
+            return found
+        found.add(page[14:18])
+        place += 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def _check_mp4(file: Bytes, size: int) -> None:
+    place = 0
+    while place + 8 <= size:
+        file.seek(place)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length < 8:  # 0: to the end of the file
+            return
+        place += length
+    if place > size + TOLERANCE:
+        raise FormatError(f"is cut off: its boxes reach to byte {place}, and it has {size}; fetch the file again")
+
+
+def _flac_patch(file: Bytes, size: int, head: bytes) -> Patch | None:
+    """The number of samples for a FLAC file that was written into a pipe and does not tell it: from its last frame."""
+    if len(head) < 42 or int.from_bytes(head[21:26], "big") & 0xFFFFFFFFF:
+        return None
+    file.seek(max(0, size - LONGEST_FLAC_FRAME))
+    samples = _flac_end(file.read(LONGEST_FLAC_FRAME), head)
+    return 21, ((head[21] >> 4 << 36) | samples).to_bytes(5, "big")
+
+
+def _flac_end(tail: bytes, head: bytes) -> int:
+    """Samples up to the end of the last frame. Raises FormatError where that is not whole."""
+    if tail[-128:-125] == b"TAG":
+        tail = tail[:-128]
+    place = len(tail)
+    while (place := tail.rfind(b"\xff", 0, place)) >= 0:
+        end = _flac_frame_end(tail[place : place + 16], int.from_bytes(head[8:10], "big"))
+        if end is not None:
+            if _crc(tail[place:], 16, 0x8005):
+                break
+            return end
+    raise FormatError("is cut off: its last FLAC frame is not whole; fetch or write the file again")
+
+
+def _flac_frame_end(frame: bytes, block_size: int) -> int | None:
+    """Number of the sample after a frame, from its head; None if these bytes are no such head (RFC 9639, 9.1)."""
+    if len(frame) < 16 or frame[1] & 0xFE != 0xF8 or frame[3] & 1:
+        return None
+    ones = f"{frame[4]:08b}".find("0")
+    if ones in (-1, 1) or any(byte >> 6 != 2 for byte in frame[5 : 4 + max(ones, 1)]):
+        return None
+    number = frame[4] & (0x7F >> ones)
+    for byte in frame[5 : 4 + max(ones, 1)]:
+        number = number << 6 | byte & 0x3F
+    place, code = 4 + max(ones, 1), frame[2] >> 4
+    width = {6: 1, 7: 2}.get(code, 0)
+    length = {1: 192, **{n: 144 << n for n in range(2, 6)}, **{n: 1 << n for n in range(8, 16)}}.get(code)
+    if width:
+        length = int.from_bytes(frame[place : place + width], "big") + 1
+    place += width + {12: 1, 13: 2, 14: 2}.get(frame[2] & 15, 0)
+    if length is None or _crc(frame[: place + 1], 8, 0x07):
+        return None
+    return (number if frame[1] & 1 else number * block_size) + length
+
+
+def _crc(data: bytes, bits: int, polynomial: int) -> int:
+    """Cyclic redundancy check, most significant bit first, starting from 0: 0 where the data end with their own."""
+    table = _crc_table(bits, polynomial)
+    value = 0
+    for byte in data:
+        value = (value << 8 ^ table[(value >> bits - 8 ^ byte) & 0xFF]) & (1 << bits) - 1
+    return value
+
+
+def _crc_table(bits: int, polynomial: int) -> list[int]:
+    table = []
+    for byte in range(256):
+        value = byte << bits - 8
+        for _ in range(8):
+            value = value << 1 ^ (polynomial if value >> bits - 1 & 1 else 0)
+        table.append(value & (1 << bits) - 1)
+    return table

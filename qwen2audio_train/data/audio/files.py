@@ -1,0 +1,151 @@
+"""An open audio file of its true length: libsndfile reads WAV, FLAC, OGG and MP3, `ffmpeg` the rest.
+
+What a header says is held against the file first (`containers`, `mp3`), and mended where a writer left it open.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import soundfile
+
+from qwen2audio_train.data.audio.containers import FormatError, Layout, Patch, examine, mended
+from qwen2audio_train.data.audio.ffmpeg import MediaFile, is_media
+from qwen2audio_train.data.audio.mp3 import Frames, Mp3File, find_frames
+from qwen2audio_train.data.storage.blobs import Place, Span
+from qwen2audio_train.errors import ExampleError
+
+AudioFile: TypeAlias = soundfile.SoundFile | MediaFile | Mp3File
+Source: TypeAlias = bytes | Place
+
+
+@dataclass(frozen=True)
+class Header:
+    """Of a FLAC file what an open `AudioFile` says of itself."""
+
+    frames: int
+    samplerate: int
+    channels: int
+
+
+class AudioError(ExampleError):
+    """A clip that cannot be read; the message names its path and the reason."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class AudioLimits:
+    """What is decoded at most: the length applies to the clip (the slice), not to the file that it is cut from."""
+
+    max_duration_s: float = 1800.0
+    max_samples: int = 2**28
+    """Of all channels, at the file's rate: 1 GiB as they are decoded."""
+    max_channels: int = 16
+    min_sampling_rate: int = 2_000
+    max_sampling_rate: int = 384_000
+    max_bytes: int = 2**30
+    """Size of a tar member or a download, both of which are held in memory."""
+    timeout_s: float | None = None
+    """Seconds that a decoder may take for one clip, in a process of its own; None decodes in this one, endlessly."""
+
+
+LIMITS = AudioLimits()
+
+
+def open_audio(path: str, source: Source, limits: AudioLimits) -> AudioFile:
+    """The open file, of its true length and within the limits. Raises AudioError, FormatError, BlobError, OSError."""
+    layout, frames = _known(source)
+    if frames is not None:
+        return _checked(Mp3File(_raw(source), frames), path, limits)
+    try:
+        return _checked(_sound_file(source, layout.patch), path, limits)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raw = _raw(source)
+        if is_media(raw.read(12)):
+            local = source.path if isinstance(source, Place) and source.is_whole_file else raw
+            return _checked(MediaFile(local, limits.max_duration_s), path, limits)
+        raise AudioError(
+            path, f"is no audio that libsndfile reads ({error}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
+        ) from error
+
+
+def _raw(source: Source, patch: Patch | None = None) -> io.BytesIO | Span:
+    return Span(source, patch) if isinstance(source, Place) else io.BytesIO(mended(source, patch))
+
+
+def _sound_file(source: Source, patch: Patch | None = None) -> soundfile.SoundFile:
+    if isinstance(source, Place) and source.is_whole_file and patch is None:
+        return soundfile.SoundFile(os.fsencode(source.path))  # faster than through a file of ours
+    return soundfile.SoundFile(_raw(source, patch))
+
+
+def _known(source: Source) -> tuple[Layout, Frames | None]:
+    """What the container says; of files, kept for the slices that follow."""
+    if isinstance(source, bytes):
+        return _looked_through(source)
+    status = os.stat(source.path)
+    return _remembered(source, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # an hour of MP3 takes a megabyte
+def _remembered(place: Place, size: int, modified_ns: int) -> tuple[Layout, Frames | None]:
+    # size and time only tell versions of the file apart
+    return _looked_through(place)
+
+
+def _looked_through(source: Source) -> tuple[Layout, Frames | None]:
+    with _raw(source) as file:
+        layout = examine(file, file.seek(0, os.SEEK_END))
+        stretch = layout.mp3
+        if not layout.is_settled:
+            stretch = _look_again(source, file)
+        if stretch is None:
+            return layout, None
+        file.seek(stretch[0])
+        return layout, find_frames(file.read(stretch[1] - stretch[0]), stretch[0])
+
+
+def _look_again(source: Source, file: io.BytesIO | Span) -> tuple[int, int] | None:
+    """For forms that only a decoder knows well: MP3 that begins midway, and the end of FLAC. Raises FormatError."""
+    try:
+        with _sound_file(source) as sound:
+            if sound.format == "MP3":
+                return 0, file.seek(0, os.SEEK_END)
+            if sound.format == "FLAC" and 0 < sound.frames < 2**62:
+                sound.seek(sound.frames - 1)
+                if len(sound.read(1)) == 0:
+                    raise FormatError("is cut off: its last FLAC frame is missing; fetch or write the file again")
+    except (soundfile.LibsndfileError, TypeError):  # said by whoever opens it
+        return None
+    return None
+
+
+def _checked(file: AudioFile, path: str, limits: AudioLimits) -> AudioFile:
+    try:
+        check_header(file, path, limits)
+    except AudioError:
+        file.close()
+        raise
+    return file
+
+
+def check_header(file: AudioFile | Header, path: str, limits: AudioLimits) -> None:
+    if file.frames <= 0:
+        raise AudioError(path, "holds no samples")
+    if file.frames >= 2**62:
+        raise AudioError(path, "does not say how long it is: is it cut off?")
+    if file.channels > limits.max_channels:
+        raise AudioError(path, f"{file.channels} channels are beyond the limit of {limits.max_channels}")
+    if not limits.min_sampling_rate <= file.samplerate <= limits.max_sampling_rate:
+        bounds = f"{limits.min_sampling_rate}..{limits.max_sampling_rate}"
+        raise AudioError(path, f"a sampling rate of {file.samplerate} Hz is outside of {bounds} Hz")
