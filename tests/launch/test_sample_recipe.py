@@ -38,6 +38,7 @@ OTHER = SampleRecipe(
     cache_max_gib=0.5,
     network_retries=1,
     network_timeout_s=2.5,
+    decode_timeout_s=60.0,
 )
 FIELDS = [field.name for field in dataclasses.fields(SampleRecipe)]
 Call = Callable[..., str]

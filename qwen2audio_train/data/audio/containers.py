@@ -7,36 +7,19 @@ where a size was never filled in, the header is mended before a decoder sees it.
 
 from __future__ import annotations
 
-import io
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.data.audio.flac import flac_patch
+from qwen2audio_train.data.audio.raw import Bytes, FormatError, Patch
 
 UNKNOWN_32, UNKNOWN_64 = 0x7F000000, 2**62
 """Writers into pipes put sizes from here on: 0xFFFFFFFF (FFmpeg), 0x7FFFF000 (SoX, WAV), 0x7F000008 (SoX, AIFF)."""
 TOLERANCE = 64
 """Bytes that a header may promise too many: some writers count the header (44) or chunk heads (8) into the data."""
 LONGEST_PAGE = 65_307
-LONGEST_FLAC_FRAME = 2**18
 W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
-
-
-class Bytes(Protocol):
-    """As much of a binary file as is needed here."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
-    def seek(self, offset: int, whence: int = 0, /) -> int: ...
-    def close(self) -> None: ...
-
-
-Patch = tuple[int, bytes]
-"""Bytes that stand in for the file's own from an offset on."""
-
-
-class FormatError(ExampleError):
-    """A file that cannot be read; says why and what to do."""
 
 
 class Form(NamedTuple):
@@ -119,7 +102,7 @@ def examine(file: Bytes, size: int) -> Layout:
         _check_ogg(file, size)
         return Layout()
     if head[:4] == b"fLaC":
-        patch = _flac_patch(file, size, head)
+        patch = flac_patch(file, size, head)
         return Layout(patch, is_settled=patch is not None)
     if head[:3] == b"ID3" or is_mpeg(head):
         start = after_tags(file)
@@ -129,16 +112,6 @@ def examine(file: Bytes, size: int) -> Layout:
     if head[4:8] == b"ftyp":
         _check_mp4(file, size)
     return Layout(is_settled=False)
-
-
-def mended(data: bytes, patch: Patch | None) -> bytes:
-    """The file's bytes with those of the patch in their place."""
-    return data if patch is None else data[: patch[0]] + patch[1] + data[patch[0] + len(patch[1]) :]
-
-
-def with_flac_length(data: bytes) -> bytes:
-    """A FLAC file that tells how many samples it holds. Raises FormatError where it does not and is cut off."""
-    return mended(data, _flac_patch(io.BytesIO(data), len(data), data[:64]))
 
 
 def is_mpeg(head: bytes) -> bool:
@@ -254,66 +227,3 @@ def _check_mp4(file: Bytes, size: int) -> None:
         place += length
     if place > size + TOLERANCE:
         raise FormatError(f"is cut off: its boxes reach to byte {place}, and it has {size}; fetch the file again")
-
-
-def _flac_patch(file: Bytes, size: int, head: bytes) -> Patch | None:
-    """The number of samples for a FLAC file that was written into a pipe and does not tell it: from its last frame."""
-    if len(head) < 42 or int.from_bytes(head[21:26], "big") & 0xFFFFFFFFF:
-        return None
-    file.seek(max(0, size - LONGEST_FLAC_FRAME))
-    samples = _flac_end(file.read(LONGEST_FLAC_FRAME), head)
-    return 21, ((head[21] >> 4 << 36) | samples).to_bytes(5, "big")
-
-
-def _flac_end(tail: bytes, head: bytes) -> int:
-    """Samples up to the end of the last frame. Raises FormatError where that is not whole."""
-    if tail[-128:-125] == b"TAG":
-        tail = tail[:-128]
-    place = len(tail)
-    while (place := tail.rfind(b"\xff", 0, place)) >= 0:
-        end = _flac_frame_end(tail[place : place + 16], int.from_bytes(head[8:10], "big"))
-        if end is not None:
-            if _crc(tail[place:], 16, 0x8005):
-                break
-            return end
-    raise FormatError("is cut off: its last FLAC frame is not whole; fetch or write the file again")
-
-
-def _flac_frame_end(frame: bytes, block_size: int) -> int | None:
-    """Number of the sample after a frame, from its head; None if these bytes are no such head (RFC 9639, 9.1)."""
-    if len(frame) < 16 or frame[1] & 0xFE != 0xF8 or frame[3] & 1:
-        return None
-    ones = f"{frame[4]:08b}".find("0")
-    if ones in (-1, 1) or any(byte >> 6 != 2 for byte in frame[5 : 4 + max(ones, 1)]):
-        return None
-    number = frame[4] & (0x7F >> ones)
-    for byte in frame[5 : 4 + max(ones, 1)]:
-        number = number << 6 | byte & 0x3F
-    place, code = 4 + max(ones, 1), frame[2] >> 4
-    width = {6: 1, 7: 2}.get(code, 0)
-    length = {1: 192, **{n: 144 << n for n in range(2, 6)}, **{n: 1 << n for n in range(8, 16)}}.get(code)
-    if width:
-        length = int.from_bytes(frame[place : place + width], "big") + 1
-    place += width + {12: 1, 13: 2, 14: 2}.get(frame[2] & 15, 0)
-    if length is None or _crc(frame[: place + 1], 8, 0x07):
-        return None
-    return (number if frame[1] & 1 else number * block_size) + length
-
-
-def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """Cyclic redundancy check, most significant bit first, starting from 0: 0 where the data end with their own."""
-    table = _crc_table(bits, polynomial)
-    value = 0
-    for byte in data:
-        value = (value << 8 ^ table[(value >> bits - 8 ^ byte) & 0xFF]) & (1 << bits) - 1
-    return value
-
-
-def _crc_table(bits: int, polynomial: int) -> list[int]:
-    table = []
-    for byte in range(256):
-        value = byte << bits - 8
-        for _ in range(8):
-            value = value << 1 ^ (polynomial if value >> bits - 1 & 1 else 0)
-        table.append(value & (1 << bits) - 1)
-    return table

@@ -26,6 +26,7 @@ ARENA = 2**27
 """Bytes of shared memory: half an hour at 16 kHz in float32. It is virtual until it is used; more goes by pipe."""
 KEPT = 2**23
 """Of the arena's pages, so many bytes are kept for the next clip, the rest is handed back."""
+LONGEST_READ = 2**20
 PR_SET_PDEATHSIG = 1
 
 Result = TypeVar("Result")
@@ -155,10 +156,10 @@ def _receive(pipe: int) -> Any:
 
 
 def _exactly(pipe: int, size: int) -> bytes:
-    data = os.read(pipe, size)
+    data = bytearray()
     while len(data) < size:
-        more = os.read(pipe, size - len(data))
+        more = os.read(pipe, min(size - len(data), LONGEST_READ))
         if not more:
             raise EOFError
         data += more
-    return data
+    return bytes(data)

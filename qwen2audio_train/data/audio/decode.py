@@ -21,7 +21,6 @@ import numpy as np
 import soundfile
 import soxr
 
-from qwen2audio_train.data.audio.containers import FormatError, with_flac_length
 from qwen2audio_train.data.audio.deadline import DeadlineError, within
 from qwen2audio_train.data.audio.ffmpeg import MediaFile
 from qwen2audio_train.data.audio.files import (
@@ -34,6 +33,8 @@ from qwen2audio_train.data.audio.files import (
     check_header,
     open_audio,
 )
+from qwen2audio_train.data.audio.flac import with_flac_length
+from qwen2audio_train.data.audio.raw import FormatError
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.storage.blobs import BlobError, Place
 from qwen2audio_train.data.storage.remote import Remote

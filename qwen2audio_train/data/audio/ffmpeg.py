@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2audio_train.data.audio.containers import Bytes, FormatError
+from qwen2audio_train.data.audio.raw import Bytes, FormatError
 
 MISSING = "is M4A, AAC, WebM or MP4, which needs torchcodec and FFmpeg (pip install 'qwen2audio-train[media]')"
 

@@ -13,9 +13,10 @@ from typing import TypeAlias
 
 import soundfile
 
-from qwen2audio_train.data.audio.containers import FormatError, Layout, Patch, examine, mended
+from qwen2audio_train.data.audio.containers import Layout, examine
 from qwen2audio_train.data.audio.ffmpeg import MediaFile, is_media
-from qwen2audio_train.data.audio.mp3 import Frames, Mp3File, find_frames
+from qwen2audio_train.data.audio.mp3 import MOST_JUNK, Frames, Mp3File, begins_midway, find_frames
+from qwen2audio_train.data.audio.raw import FormatError, Patch, mended
 from qwen2audio_train.data.storage.blobs import Place, Span
 from qwen2audio_train.errors import ExampleError
 
@@ -116,18 +117,27 @@ def _looked_through(source: Source) -> tuple[Layout, Frames | None]:
 
 
 def _look_again(source: Source, file: io.BytesIO | Span) -> tuple[int, int] | None:
-    """For forms that only a decoder knows well: MP3 that begins midway, and the end of FLAC. Raises FormatError."""
+    """What takes a decoder: whether a FLAC file ends where it says, and the stretch of MP3 that begins midway."""
     try:
         with _sound_file(source) as sound:
-            if sound.format == "MP3":
-                return 0, file.seek(0, os.SEEK_END)
             if sound.format == "FLAC" and 0 < sound.frames < 2**62:
-                sound.seek(sound.frames - 1)
-                if len(sound.read(1)) == 0:
-                    raise FormatError("is cut off: its last FLAC frame is missing; fetch or write the file again")
-    except (soundfile.LibsndfileError, TypeError):  # said by whoever opens it
-        return None
-    return None
+                _check_end(sound)
+            return (0, file.seek(0, os.SEEK_END)) if sound.format == "MP3" else None
+    except (soundfile.LibsndfileError, TypeError):
+        file.seek(0)
+        head = file.read(2 * MOST_JUNK)
+        return (0, file.seek(0, os.SEEK_END)) if not is_media(head[:12]) and begins_midway(head) else None
+
+
+def _check_end(flac: soundfile.SoundFile) -> None:
+    try:
+        flac.seek(flac.frames - 1)
+        is_there = len(flac.read(1)) == 1
+    except (soundfile.LibsndfileError, RuntimeError):
+        is_there = False
+    if not is_there:
+        lasts = flac.frames / flac.samplerate
+        raise FormatError(f"is cut off or damaged: its header promises {lasts:.3f} s, and the end cannot be read")
 
 
 def _checked(file: AudioFile, path: str, limits: AudioLimits) -> AudioFile:

@@ -13,7 +13,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from qwen2audio_train.data.audio.containers import Bytes, FormatError, is_mpeg
+from qwen2audio_train.data.audio.containers import is_mpeg
+from qwen2audio_train.data.audio.raw import Bytes, FormatError
 
 BIT_RATES = {
     (True, 3): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -34,6 +35,8 @@ and overlaps with one."""
 MOST_LENDERS = 12
 MOST_JUNK = 2**18
 """Bytes before the first frame that are looked through."""
+SURE_FRAMES = 4
+"""In a row, after junk, before it is believed that they are frames: two in a row occur in noise."""
 LEAD = 2
 """Silent frames in front of those that are decoded."""
 
@@ -92,6 +95,8 @@ def find_frames(data: bytes, begin: int = 0) -> Frames:
         FormatError: none, a last one that is not whole, or fewer than the file's own header counts.
     """
     junk = 0 if is_mpeg(data[:4]) else _first_frame(data)
+    if junk is None:
+        raise FormatError("holds no MP3 frames")
     data, begin = data[junk:] if junk else data, begin + junk
     shape = _Shape(data[:4])
     starts, end = _walk(data, shape)
@@ -112,15 +117,30 @@ def find_frames(data: bytes, begin: int = 0) -> Frames:
     return Frames(places, header, shape.samplerate, shape.channels, shape.samples, skipped, counted)
 
 
-def _first_frame(data: bytes) -> int:
-    """Where two frames in a row begin, after what a stream that was joined midway begins with."""
+def begins_midway(data: bytes) -> bool:
+    """Whether frames follow after what a stream that was joined midway begins with."""
+    return _first_frame(data) is not None
+
+
+def _first_frame(data: bytes) -> int | None:
+    """Where several frames in a row begin; None if they do not."""
     place = -1
     while 0 <= (place := data.find(b"\xff", place + 1)) < min(len(data) - 4, MOST_JUNK):
         if is_mpeg(data[place : place + 2]) and (data[place + 2] >> 2 & 3) != 3 and data[place + 1] >> 3 & 3 != 1:
             sizes, kind = _Shape(data[place : place + 4]).sizes, data[place + 1] & 0xFE
-            if sizes[data[place + 2]] and _next_frame(data, place, sizes, kind) == place:
+            if _frames_in_a_row(data, place, sizes, kind) >= SURE_FRAMES:
                 return place
-    raise FormatError("holds no MP3 frames")
+    return None
+
+
+def _frames_in_a_row(data: bytes, place: int, sizes: list[int], kind: int) -> int:
+    number = 0
+    while number < SURE_FRAMES and place < len(data) - 4:
+        size = sizes[data[place + 2]] if data[place] == 0xFF and data[place + 1] & 0xFE == kind else 0
+        if not size:
+            break
+        number, place = number + 1, place + size
+    return number
 
 
 def _walk(data: bytes, shape: _Shape) -> tuple[list[int], int]:

@@ -60,6 +60,7 @@ RULES: dict[str, Rule] = {
     "data.max_bad_share": Rule.free,
     "data.network_retries": Rule.free,
     "data.network_timeout_s": Rule.free,
+    "data.decode_timeout_s": Rule.free,
     "data.cache_dir": Rule.free,
     "data.cache_max_gib": Rule.free,
     "data.on_changed_data": Rule.free,

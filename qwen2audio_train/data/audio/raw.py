@@ -1,0 +1,28 @@
+"""The bytes of a file before a decoder sees them: read, mended, refused."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from qwen2audio_train.errors import ExampleError
+
+
+class Bytes(Protocol):
+    """As much of a binary file as is needed here."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def close(self) -> None: ...
+
+
+Patch = tuple[int, bytes]
+"""Bytes that stand in for the file's own from an offset on."""
+
+
+class FormatError(ExampleError):
+    """A file that cannot be read; says why and what to do."""
+
+
+def mended(data: bytes, patch: Patch | None) -> bytes:
+    """The file's bytes with those of the patch in their place."""
+    return data if patch is None else data[: patch[0]] + patch[1] + data[patch[0] + len(patch[1]) :]
