@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen2audio_train.config.data import SourceConfig, SourceFormat
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import AudioError
+from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.examples import Example, PreferenceExample, TaskExample, UnpairedExample, clips_of
 from qwen2audio_train.data.manifests.columns import columns_of, reach
 from qwen2audio_train.data.manifests.conversations import is_conversation
