@@ -196,4 +196,4 @@ def test_nothing_written_is_an_error_that_says_why(options: ConvertOptions, writ
     options.where = {}
     options.constants, options.columns = {"task": "asr"}, COLUMNS | {"start_s": "split"}
     table.write_text("id,path,text,lang,split\nu1,a.wav,x,en,0.49\nu2,a.wav,x,en,0.1\n")
-    assert "from 0.49 s on no clip of at least 0.04 s is left" in convert(options).errors[0]
+    assert "a.wav: 0.010 s is too short for an audio token (0.04 s)" in convert(options).errors[0]
