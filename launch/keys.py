@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.keys import keys_of
 from qwen2audio_train.config.recipe import RecipeConfig
 from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
@@ -23,6 +24,7 @@ from qwen2audio_train.planning.forecast import PlanOptions
 SCHEMAS: dict[str, Any] = {
     "pretrain, sft, dpo, grpo, encoder": StageConfig,
     "recipe": RecipeConfig,
+    "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "evaluate compare": CompareOptions,
     "evaluate judge": JudgeOptions,

@@ -29,6 +29,11 @@ class FinetuneConfig:
         epochs: passes over the corpus, of which the steps follow; `max_steps` says them instead.
         max_examples: held-out examples of a source that are scored at most; 0 takes all.
         nproc_per_node: GPUs (processes).
+        replay_weight: probability of drawing an example of `replay`.
+        max_steps: optimiser steps; unset, they follow from `epochs`.
+        max_new_tokens: longest answer in tokens.
+        seed: of weights, order, the held-out part and dropout.
+        num_threads: CPU threads of each process; 0 leaves torch's choice.
         overrides: any keys of the stage, as on the command line of launch/sft.py.
     """
 
