@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -107,7 +108,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         for name, after in summary["after"].items()
     ]
     lines += [
-        (f"guard: {name}", one["after"]["metric"], one["before"], one["after"], one["change"])
+        (f"guard: {name.rpartition(' ')[0]}", one["after"]["metric"], one["before"], one["after"], one["change"])
         for name, one in summary["guard"].items()
     ]
     rows = []
@@ -120,7 +121,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         unit = 100 if metric in PERCENT else 1
         moved = (
             [f"{unit * change['value']:+.1f}", "[{:+.1f}, {:+.1f}]".format(*(unit * x for x in change["interval"]))]
-            if change
+            if change and change["value"] is not None
             else ["–", ""]
         )
         rows.append([where, NAMES.get(name, name), *values, *moved, str(after["n"])])
@@ -207,7 +208,7 @@ def write_card(config: FinetuneConfig, summary: Mapping[str, Any], plan: Plan, c
         train_s=summary["wall_s"]["training"],
         replay=f"`{config.replay}` was mixed in with weight {config.replay_weight:g}.\n" if config.replay else "",
         command=command,
-        arguments=" ".join(f"'{argument}'" if "[" in argument else argument for argument in plan.train),
+        arguments=shlex.join(plan.train),
         **clips,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

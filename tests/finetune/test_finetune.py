@@ -16,8 +16,13 @@ from launch.finetune import main
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.evaluation.reporting.compare import Comparison
+from qwen2audio_train.evaluation.scoring.bootstrap import Difference
 from qwen2audio_train.export import export
+from qwen2audio_train.finetune import run
 from qwen2audio_train.finetune.corpus import prepare
+from qwen2audio_train.finetune.outcome import change_of, warnings
+from qwen2audio_train.training.chain import Entry, Ledger
 from tests.evaluation.tiny import SAMPLES, tiny_model, tiny_tokenizer
 
 
@@ -135,6 +140,44 @@ def test_one_command_trains_scores_and_exports(
     assert "keys have changed" in capfd.readouterr().err
 
 
+def test_it_goes_on_at_the_step_that_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def broken_off(script: Path, arguments: list[str], ranks: int) -> None:
+        called.append(script.stem)
+        if called == ["evaluate", "sft"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_script", broken_off)
+
+    def go(*keys: str) -> list[bool]:
+        ledger = Ledger(tmp_path / "ledger.json")
+        steps = (("before", "evaluate"), ("training", "sft"))
+        return [run.run_once(ledger, name, Path(f"{script}.py"), [*keys], "data", 1) for name, script in steps]
+
+    with pytest.raises(KeyboardInterrupt):
+        go("a=1")
+    assert go("a=1") == [False, True]
+    assert go("a=1") == [False, False]
+    assert called == ["evaluate", "sft", "sft"]
+    with pytest.raises(ConfigError, match="keys have changed"):
+        go("a=2")
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", -1), ("wer", 1)])
+def test_a_guard_that_drops_beyond_its_interval_is_told(metric: str, sign: int) -> None:
+    def told(low: float, high: float) -> bool:
+        low, high = sorted((sign * low, sign * high))
+        change = Comparison("g", "sec", None, metric, 9, Difference((low + high) / 2, low, high, 0.5))
+        found = change_of(change)
+        assert found["interval"] == [low, high]
+        return bool(warnings({"change": {}, "guard": {"g": {"change": found}}}))
+
+    assert told(0.1, 0.3)
+    assert not told(-0.1, 0.3)
+    assert not told(-0.3, -0.1)
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *keys: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(keys)
@@ -164,13 +207,10 @@ def test_refusals(classes: Path, start: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_changed_audio_is_not_mixed_with_a_run_that_has_begun(classes: Path, tmp_path: Path) -> None:
-    from qwen2audio_train.finetune.run import write_data
-    from qwen2audio_train.training.chain import Entry, Ledger
-
     found = prepared(classes, tmp_path)
     ledger = Ledger(tmp_path / "ledger.json")
-    write_data(found, tmp_path, ledger)
+    run.write_data(found, tmp_path, ledger)
     assert len(read_manifest(tmp_path / "train.jsonl")) == 16
     ledger.entries["before"] = Entry("digest")
     with pytest.raises(ConfigError, match="changed since"):
-        write_data(prepared(classes, tmp_path, seed=1), tmp_path, ledger)
+        run.write_data(prepared(classes, tmp_path, seed=1), tmp_path, ledger)
