@@ -22,7 +22,8 @@ from qwen2audio_train.planning.dry_run import print_plan
 from qwen2audio_train.planning.find_batch import print_largest_pack
 from qwen2audio_train.planning.forecast import PlanMode, PlanOptions, print_forecast
 
-STAGES = [stage.value for stage in Stage if stage is not Stage.encoder]
+# What sampling costs is not forecast, so neither is the stage that samples.
+STAGES = [stage.value for stage in Stage if stage not in (Stage.encoder, Stage.grpo)]
 OWN = {field.name for field in fields(PlanOptions)}
 GROUPS = {path.name for path in RECIPES.iterdir() if path.is_dir()}
 KNOWN = OWN | GROUPS | {field.name for field in fields(StageConfig)}

@@ -76,7 +76,7 @@ WRONG = [
     (
         "pretrain",
         ["data.sources.noise.path=[HERE/empty.jsonl]"],
-        "data.sources.noise: no usable example; see `launch/data.py check`",
+        "data.sources.noise: no usable example: there are no rows in it",
     ),
     ("pretrain", ["data.sources.noise.path=[HERE/bad.jsonl]"], "data.sources.noise: no usable example"),
     ("pretrain", ["data.sources.noise.path=[HERE]"], "HERE"),

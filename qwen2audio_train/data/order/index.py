@@ -134,7 +134,8 @@ class Index:
 def why_empty(index: Index) -> str:
     """Why an index holds no example."""
     if bad := index.bad():
-        return f"none of {len(bad)} rows is an example: {count_reasons(item.reason for item in bad)}"
+        reasons = count_reasons(item.reason for item in bad)
+        return f"none of {len(bad)} rows is an example: {reasons}; the first is {bad[0].example}"
     return "there are no rows in it (a line of names alone, or nothing)"
 
 
