@@ -16,10 +16,10 @@ import soundfile
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample
 from qwen2audio_train.data.manifests.manifest import read_manifest
-from qwen2audio_train.evaluation.judging.client import Reply
+from qwen2audio_train.evaluation.judging.client import Reply, client_of
 from qwen2audio_train.pairs import make
 from qwen2audio_train.pairs.candidates import CandidateFile, Candidates, CandidatesError
-from qwen2audio_train.pairs.make import SamplingOptions, answer, judge_client, pairs_of_answers
+from qwen2audio_train.pairs.make import SamplingOptions, answer, pairs_of_answers
 from qwen2audio_train.pairs.questions import Question, questions_of
 from qwen2audio_train.pairs.score import ScoreError, judge_provenance, judge_scorer, scorer
 from qwen2audio_train.pairs.select import Chosen, Selection, select
@@ -150,13 +150,13 @@ def test_a_judge_scores_and_what_it_refuses_is_counted() -> None:
     assert judge_provenance(client)["model"] == "scripted-1"
 
 
-def test_settings_of_the_judge_are_checked(tmp_path: Path) -> None:
+def test_settings_of_the_judge_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"judge\.modle: unknown key; did you mean judge\.model"):
-        judge_client(options(tmp_path, judge={"base_url": "x", "modle": "y"}))
+        client_of({"base_url": "x", "modle": "y"}, "replies")
     with pytest.raises(ConfigError, match=r"judge\.model: no value"):
-        judge_client(options(tmp_path, judge={"base_url": "x"}))
-    client = judge_client(options(tmp_path, judge={"base_url": "http://localhost", "model": "m"}))
-    assert client.endpoint.cache_dir == f"{tmp_path / 'pairs.jsonl'}.judge"
+        client_of({"base_url": "x"}, "replies")
+    client = client_of({"base_url": "http://localhost", "model": "m"}, "replies")
+    assert client.endpoint.cache_dir == "replies"
 
 
 # Selection ------------------------------------------------------------------------------------------------------------
