@@ -94,10 +94,10 @@ def examine(file: Bytes, size: int) -> Layout:
         if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(beginning):
             raise FormatError(reason)
     if head[:4] in FORMS:
-        return _chunked(file, size, FORMS[head[:4]])
+        return _chunked(file, size, head[:4])
     if head[:4] == b".snd":
         start, promised = struct.unpack(">II", head[4:12])
-        return _held_against(Data(start, promised, 8, 0, TOLERANCE), size, FORMS[b"FORM"], b"")
+        return _held_against(Data(start, promised, 8, 0, TOLERANCE), size, FORMS[b"FORM"], b".snd", b"")
     if head[:4] == b"OggS":
         _check_ogg(file, size)
         return Layout()
@@ -131,7 +131,8 @@ def after_tags(file: Bytes) -> int:
         start += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)) + footer
 
 
-def _chunked(file: Bytes, size: int, form: Form) -> Layout:
+def _chunked(file: Bytes, size: int, magic: bytes) -> Layout:
+    form = FORMS[magic]
     head_size, place = struct.calcsize(form.head), form.first
     codec, tolerance, long_size = 0, TOLERANCE, None
     while place + head_size <= size:
@@ -144,7 +145,7 @@ def _chunked(file: Bytes, size: int, form: Form) -> Layout:
             promised -= head_size if form.counts_head and 0 < promised < form.unknown else 0
             field = place + head_size - struct.calcsize(form.head[0] + form.head[-1])
             found = Data(place + head_size, promised, field, codec, tolerance)
-            return _held_against(found, size, form, body)
+            return _held_against(found, size, form, magic, body)
         if name == b"fmt " and len(body) >= 16:
             codec, align = struct.unpack(form.head[0] + "H10xH", body[:14])
             tolerance = max(TOLERANCE, align)
@@ -157,9 +158,11 @@ def _chunked(file: Bytes, size: int, form: Form) -> Layout:
     return Layout()
 
 
-def _held_against(data: Data, size: int, form: Form, body: bytes) -> Layout:
+def _held_against(data: Data, size: int, form: Form, magic: bytes, body: bytes) -> Layout:
     """The promised size held against the file's: as it is, mended where it was never filled in, or refused."""
     rest = size - data.start
+    if magic in body[:12]:
+        raise FormatError("has its header twice, as SoX writes it into a pipe: write it to a file, or as .wav")
     promised, patch = data.promised, None
     if promised < 0 or (promised == 0 and rest > 0 and not _is_another_chunk(body, form)):
         width = struct.calcsize("<" + form.head[-1])

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import soundfile
 
 from qwen2audio_train.data.audio.containers import Layout, examine
-from qwen2audio_train.data.audio.ffmpeg import MediaFile, is_media
+from qwen2audio_train.data.audio.ffmpeg import Media, MediaFile, is_media, look_through
 from qwen2audio_train.data.audio.mp3 import MOST_JUNK, Frames, Mp3File, begins_midway, find_frames
 from qwen2audio_train.data.audio.raw import FormatError, Patch, mended
 from qwen2audio_train.data.storage.blobs import Place, Span
@@ -65,16 +65,14 @@ LIMITS = AudioLimits()
 
 def open_audio(path: str, source: Source, limits: AudioLimits) -> AudioFile:
     """The open file, of its true length and within the limits. Raises AudioError, FormatError, BlobError, OSError."""
-    layout, frames = _known(source)
-    if frames is not None:
-        return _checked(Mp3File(_raw(source), frames), path, limits)
+    layout, inside = _known(source)
+    if isinstance(inside, Frames):
+        return _checked(Mp3File(_raw(source), inside), path, limits)
+    if isinstance(inside, Media):
+        return _checked(MediaFile(_raw(source), inside), path, limits)
     try:
         return _checked(_sound_file(source, layout.patch), path, limits)
     except (soundfile.LibsndfileError, TypeError) as error:
-        raw = _raw(source)
-        if is_media(raw.read(12)):
-            local = source.path if isinstance(source, Place) and source.is_whole_file else raw
-            return _checked(MediaFile(local, limits.max_duration_s), path, limits)
         raise AudioError(
             path, f"is no audio that libsndfile reads ({error}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
         ) from error
@@ -90,7 +88,11 @@ def _sound_file(source: Source, patch: Patch | None = None) -> soundfile.SoundFi
     return soundfile.SoundFile(_raw(source, patch))
 
 
-def _known(source: Source) -> tuple[Layout, Frames | None]:
+Inside: TypeAlias = Frames | Media | None
+"""What was learnt of a file that is not libsndfile's."""
+
+
+def _known(source: Source) -> tuple[Layout, Inside]:
     """What the container says; of files, kept for the slices that follow."""
     if isinstance(source, bytes):
         return _looked_through(source)
@@ -99,17 +101,19 @@ def _known(source: Source) -> tuple[Layout, Frames | None]:
 
 
 @lru_cache(maxsize=64)  # an hour of MP3 takes a megabyte
-def _remembered(place: Place, size: int, modified_ns: int) -> tuple[Layout, Frames | None]:
+def _remembered(place: Place, size: int, modified_ns: int) -> tuple[Layout, Inside]:
     # size and time only tell versions of the file apart
     return _looked_through(place)
 
 
-def _looked_through(source: Source) -> tuple[Layout, Frames | None]:
+def _looked_through(source: Source) -> tuple[Layout, Inside]:
     with _raw(source) as file:
-        layout = examine(file, file.seek(0, os.SEEK_END))
-        stretch = layout.mp3
-        if not layout.is_settled:
-            stretch = _look_again(source, file)
+        size = file.seek(0, os.SEEK_END)
+        layout = examine(file, size)
+        file.seek(0)
+        if is_media(file.read(12)):
+            return layout, look_through(file, size)
+        stretch = layout.mp3 if layout.is_settled else _look_again(source, file)
         if stretch is None:
             return layout, None
         file.seek(stretch[0])
@@ -125,8 +129,7 @@ def _look_again(source: Source, file: io.BytesIO | Span) -> tuple[int, int] | No
             return (0, file.seek(0, os.SEEK_END)) if sound.format == "MP3" else None
     except (soundfile.LibsndfileError, TypeError):
         file.seek(0)
-        head = file.read(2 * MOST_JUNK)
-        return (0, file.seek(0, os.SEEK_END)) if not is_media(head[:12]) and begins_midway(head) else None
+        return (0, file.seek(0, os.SEEK_END)) if begins_midway(file.read(2 * MOST_JUNK)) else None
 
 
 def _check_end(flac: soundfile.SoundFile) -> None:
