@@ -203,6 +203,8 @@ class DataConfig:
         max_bad_share: share of bad examples (of those seen, from 100 on) beyond which the run stops.
         network_retries: times that a failed download is tried again.
         network_timeout_s: seconds without an answer after which a download has failed.
+        decode_timeout_s: seconds after which a decoder is given up on; its clip is a bad example, and the run goes on.
+            `null` decodes without a deadline, in the worker itself.
         cache_dir: indexes and copies of remote shards.
         cache_max_gib: bound of the shard copies; the least recently used go first.
         on_changed_data: a saved state meets other data: `refuse`, or `go_on`: every unchanged source completes its pass
@@ -234,8 +236,7 @@ class DataConfig:
     max_bad_share: float = at_least(0, 0.01, 1)
     network_retries: int = at_least(0, 5)
     network_timeout_s: float = at_least(0, 30.0)
-    decode_timeout_s: float = at_least(0.1, 120.0)
-    """Seconds after which a decoder is given up on; its clip is a bad example, and the run goes on."""
+    decode_timeout_s: float | None = at_least(0.1, 120.0)
     cache_dir: str = "data_cache"
     cache_max_gib: float = at_least(0, 64.0)
     on_changed_data: OnChangedData = OnChangedData.refuse
@@ -263,4 +264,4 @@ class SampleRecipe:
     cache_max_gib: float = DataConfig.cache_max_gib
     network_retries: int = DataConfig.network_retries
     network_timeout_s: float = DataConfig.network_timeout_s
-    decode_timeout_s: float = DataConfig.decode_timeout_s
+    decode_timeout_s: float | None = DataConfig.decode_timeout_s

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.examples import Clip, Message, PreferenceExample
+from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER, normalise
 from qwen2audio_train.layout import MAX_SAMPLES, SAMPLING_RATE
 from qwen2audio_train.pairs.questions import Question, pair
@@ -86,7 +87,7 @@ def no_speech(questions: Sequence[Question], folder: Path, rng: np.random.Genera
     for question in questions:
         if question.task not in (None, "asr") or len(question.clips) != 1:
             continue
-        waveform = load_audio(question.clips[0])
+        waveform = load_clip(question.clips[0], SampleRecipe())
         level = 10 ** rng.uniform(-4, -1.5) if rng.random() < 0.75 else 0.0
         nothing = (level * rng.standard_normal(len(waveform))).astype(np.float32)
         clip = _written(nothing, folder / f"{_file_name(question.id)}.nothing.flac")
@@ -187,7 +188,7 @@ def _differ_in_text(a: Question, b: Question) -> bool:
 
 
 def _segment_pairs(trio: Sequence[Question], folder: Path) -> list[PreferenceExample]:
-    a, b, c = (load_audio(question.clips[0]) for question in trio)
+    a, b, c = (load_clip(question.clips[0], SampleRecipe()) for question in trio)
     gap = np.zeros(round(GAP_S * SAMPLING_RATE), dtype=np.float32)
     audio = {"whole": [a, b, c], "dropped": [a, c], "repeated": [a, b, b, c]}
     joined = {name: np.concatenate([x for part in parts for x in (gap, part)][1:]) for name, parts in audio.items()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qwen2audio_train.config.data import AugmentConfig
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import load_audio
-from qwen2audio_train.data.audio.files import AudioError
+from qwen2audio_train.data.audio.files import LIMITS, AudioError, AudioLimits
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.manifests.tables import read_table
 from qwen2audio_train.data.order.permutation import hash_key
@@ -40,6 +40,7 @@ class Augmenter:
     config: AugmentConfig
     seed: int
     noises: tuple[Clip, ...] = ()
+    limits: AudioLimits = LIMITS
 
     def for_example(self, number: int, id: str) -> tuple[Callable[[Wave], Wave], Callable[[Mel, int], Mel]]:
         """What to do with the waveforms and with the mels of an example in pass `number` over its source."""
@@ -82,7 +83,7 @@ class Augmenter:
         for _ in range(MOST_NOISE_TRIES):
             clip = self.noises[int(rng.integers(len(self.noises)))]
             try:
-                noise = load_audio(clip)
+                noise = load_audio(clip, limits=self.limits)
                 break
             except AudioError as error:
                 failure = error
@@ -92,8 +93,8 @@ class Augmenter:
         return np.resize(noise[start:], length)
 
 
-def augmenter_of(config: AugmentConfig, seed: int) -> Augmenter | None:
-    """The augmenter of a recipe, None where everything is switched off.
+def augmenter_of(config: AugmentConfig, seed: int, limits: AudioLimits = LIMITS) -> Augmenter | None:
+    """The augmenter of a recipe, None where everything is switched off; noises are read within `limits`.
 
     Raises:
         ConfigError: noise without clips, bounds the wrong way round, a share that is none.
@@ -112,7 +113,7 @@ def augmenter_of(config: AugmentConfig, seed: int) -> Augmenter | None:
     if not any(chances.values()):
         return None
     noises = find_noises(config.noise_path) if config.noise else ()
-    return Augmenter(config, seed, noises)
+    return Augmenter(config, seed, noises, limits)
 
 
 def find_noises(paths: Sequence[str]) -> tuple[Clip, ...]:

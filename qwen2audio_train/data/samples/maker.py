@@ -140,7 +140,7 @@ def maker_of(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, num_mel_bins: int, *, for_generation: bool = False
 ) -> Maker:
     """How the recipe wants examples to be made into samples, or into prompts to be answered."""
-    augmenter = augmenter_of(data.augment, data.seed)
+    augmenter = augmenter_of(data.augment, data.seed, limits_of(data))
     limit = min(data.max_tokens_per_example or data.tokens_per_pack, data.tokens_per_pack)
     slowest = min(1.0, *data.augment.speed_factors) if data.augment.speed else 1.0
     recipe = recipe_of(data, num_mel_bins)

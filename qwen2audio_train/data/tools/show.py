@@ -10,14 +10,14 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen2audio_train.config.bounds import nearest
-from qwen2audio_train.config.data import LabelledTurns, PromptStyle
+from qwen2audio_train.config.data import LabelledTurns, PromptStyle, SampleRecipe
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import PAIRED, Clip, Example
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.prompts.render import Piece, Rendered, render
 from qwen2audio_train.data.prompts.tokenize import text_encoder, tokenize
+from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.data.tools.sources import examples_of, open_manifests
 from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_clip_tokens, num_frames, window_samples
 
@@ -71,7 +71,7 @@ def show(options: ShowOptions, colour: bool = False) -> str:
         labelled_turns=options.labelled_turns,
         for_generation=options.for_generation,
     )
-    waveforms = [load_audio(clip) for clip in rendered.clips]
+    waveforms = [load_clip(clip, SampleRecipe()) for clip in rendered.clips]
     parts = [f"{rendered.id}  (source {rendered.source}, task {rendered.task})"]
     parts += [_clip_line(clip, waveform) for clip, waveform in zip(rendered.clips, waveforms, strict=True)]
     parts += ["", marked_text(rendered, [len(waveform) for waveform in waveforms], colour)]

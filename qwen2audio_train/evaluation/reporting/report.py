@@ -8,11 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.prompts.pools import describe_tasks
+from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.evaluation.reporting.charts import (
     HELD_OUT,
     Dot,
@@ -207,7 +208,7 @@ def _listening(showcase: Sequence[Showcase], stages: Sequence[str]) -> str:
     for entry in showcase:
         clip = Clip(entry.audio, None, entry.start_s, entry.end_s)
         try:
-            mel, frames = log_mel(load_audio(clip)[:MAX_SAMPLES])
+            mel, frames = log_mel(load_clip(clip, SampleRecipe())[:MAX_SAMPLES])
         except AudioError:
             continue
         image = f'<img class="mel" alt="mel spectrogram" src="{spectrogram_png(mel[:, :frames])}">'

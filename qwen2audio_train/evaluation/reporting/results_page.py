@@ -10,7 +10,8 @@ from html import escape
 
 import soundfile
 
-from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.config.data import SampleRecipe
+from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.reporting.charts import Dot, DotRow, dot_chart
 from qwen2audio_train.evaluation.reporting.page import card, cards, html_table, legend, page, section
@@ -169,7 +170,7 @@ def _example(source: str, utterance: Utterance) -> str:
 def _players(utterance: Utterance) -> Iterator[str]:
     for clip in utterance.clips:
         try:
-            waveform = load_audio(clip)[: round(AUDIO_S * SAMPLING_RATE)]
+            waveform = load_clip(clip, SampleRecipe())[: round(AUDIO_S * SAMPLING_RATE)]
         except (UserError, OSError) as error:
             yield f'<div class="note">{escape(str(error))}</div>'
             continue

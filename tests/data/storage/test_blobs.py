@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from qwen2audio_train.data.storage.blobs import BlobError, container, list_members, member_places, read_inside
+from qwen2audio_train.data.storage.blobs import (
+    BlobError,
+    Place,
+    Span,
+    container,
+    list_members,
+    member_places,
+    read_inside,
+)
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -37,6 +45,24 @@ def test_members_are_those_of_tarfile(tmp_path: Path, kind: str) -> None:
     for member in found:
         assert read_inside(member.placed(str(tar)), 2000) == members[member.name]
         assert read_inside(f"{tar}::{member.name}", 2000) == members[member.name]
+
+
+def test_a_member_is_a_file_of_its_own_without_reading_the_rest(tmp_path: Path) -> None:
+    contents = random.Random(0).randbytes(3000)
+    tar = write_tar(tmp_path / "a.tar", {"a": b"x" * 700, "b": contents, "c": b"y"})
+    place = Place(str(tar), *member_places(str(tar))["b"])
+    with Span(place, patch=(998, b"1234")) as file:
+        mended = contents[:998] + b"1234" + contents[1002:]
+        assert file.read() == mended
+        for start, size in ((0, 5), (990, 9), (999, 2), (1000, 500), (2990, 100), (4000, 10)):
+            file.seek(start)
+            assert (file.read(size), file.tell()) == (mended[start : start + size], min(max(start, 3000), start + size))
+        assert file.seek(-1, 2) == 2999
+    with pytest.raises(BlobError, match="cut off"):
+        Span(Place(str(tar), place.offset, 10**6))
+    for path in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(BlobError, match="a folder, a pipe or a device"):
+            Span(Place(str(path)))
 
 
 def test_folders_and_links_are_no_members(tmp_path: Path) -> None:

@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import SourceConfig
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.storage.blobs import TarMember
 from qwen2audio_train.data.storage.remote import Remote, RemoteError
@@ -123,6 +127,27 @@ def test_members_of_a_remote_shard_cost_one_transfer(server: Server, tmp_path: P
     assert remote(tmp_path).read_clip(str(tar), 10) is None
     with pytest.raises(RemoteError, match=r"http://.*/none\.tar: cannot be fetched .*404"):
         remote(tmp_path).read_clip(f"{server.url('/none.tar')}::b", 10)
+
+
+def test_slices_of_a_remote_file_cost_one_transfer(server: Server, tmp_path: Path) -> None:
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 32_000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    server.files["/a.wav"] = (tmp_path / "a.wav").read_bytes()
+    for number in range(20):
+        start = number / 10
+        clip = Clip(server.url("/a.wav"), None, start, start + 0.1)
+        np.testing.assert_array_equal(
+            load_audio(clip, remote=remote(tmp_path)), wave[round(start * 16_000) :][:1600], str(clip)
+        )
+    assert len(server.asked) == 1
+
+
+def test_a_host_that_is_not_there_is_not_waited_for_by_every_clip(tmp_path: Path) -> None:
+    began = []
+    for name in "ab":
+        with pytest.raises(RemoteError, match="cannot be fetched after 4 tries"):
+            remote(tmp_path, timeout_s=60, backoff_s=0.1 if not began else 600).read(f"http://127.0.0.1:9/{name}", 10)
+        began.append(name)
 
 
 def test_a_shard_that_cannot_be_had_is_not_waited_for_by_every_example(server: Server, tmp_path: Path) -> None:

@@ -172,6 +172,20 @@ def test_a_chosen_channel_stays_chosen(tmp_path: Path, audio: str) -> None:
             np.testing.assert_allclose(load_audio(found[str(number)].clip), waveform, atol=1e-4)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("channels", "level"), [(1, 3.0), (16, 0.5), (2, 0.9)])
+def test_slices_lose_nothing(tmp_path: Path, channels: int, level: float) -> None:
+    """Floats beyond 1, which FLAC would clip, and more channels than it has."""
+    samples = np.random.default_rng(0).uniform(-level, level, (8_000, channels)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    line = {"id": "0", "audio": {"path": "a.wav", "start_s": 0.1, "end_s": 0.4}, "task": "ser", "target": "x"}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps(line) + "\n")
+    assert write_shards(ShardOptions([str(manifest)], str(tmp_path / "out"), cache_dir=str(tmp_path / "c"))).bad == []
+    (example,) = read_manifest(tmp_path / "out" / "shard-000000.jsonl")
+    expected = samples[1_600:6_400].mean(axis=1, dtype=np.float32)
+    np.testing.assert_allclose(load_audio(example.clip), expected, atol=2e-7)  # type: ignore[union-attr]
+
+
 def test_stats(options: ShardOptions, tmp_path: Path) -> None:
     found = index_sources(IndexOptions(manifests=options.manifests, num_workers=0, cache_dir=str(tmp_path / "cache")))
     stats = {name: stats_of(index) for name, index in found.items()}
