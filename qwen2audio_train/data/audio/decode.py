@@ -193,7 +193,7 @@ def _whole_flac(clip: Clip, data: bytes | None, limits: AudioLimits) -> tuple[np
         check_header(header, clip.path, limits)
         _bounds(clip, header, limits)
         samples = np.frombuffer(miniaudio.flac_read_f32(data).samples, np.float32).reshape(-1, header.channels)
-    except (OSError, miniaudio.MiniaudioError):
+    except (OSError, ZeroDivisionError, miniaudio.MiniaudioError):  # it divides by the header's rate
         return None
     return (samples, header.samplerate) if len(samples) == header.frames else None
 
