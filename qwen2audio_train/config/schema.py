@@ -162,10 +162,12 @@ class OptimizerConfig:
         learning_rates: rate of a part (`audio_tower`, `multi_modal_projector`, `language_model`, `embed_tokens`,
             `lm_head`) where it differs from `trainer.learning_rate`.
         encoder_layer_decay: factor on the rate from one encoder layer to the one below it (Qwen-Audio: 0.95).
+        max_skipped_steps: steps in a row without finite loss and gradient that are skipped; one more ends the run.
     """
 
     learning_rates: dict[str, float] = field(default_factory=dict, metadata={"choices": PARTS, "least": 0})
     encoder_layer_decay: float = at_least(0, 1.0)
+    max_skipped_steps: int = at_least(0, 3)
 
 
 @dataclass

@@ -108,6 +108,18 @@ class BatchLoader(ABC, Generic[MadeT]):
             DataStateError: what decides the steps has changed; says what.
         """
 
+    def last_step(self, at_most: int) -> int | None:
+        """The step after which the data end; None when that is after `at_most` steps, or never, as of streams."""
+        return None
+
+    def is_over(self, state: dict[str, Any]) -> bool:
+        """Whether nothing comes after a saved state; false when what decides the order has changed since."""
+        return False
+
+    def examples_of(self, step: int) -> list[str]:
+        """Ids of the examples of a step that was handed out lately; none where they are not kept, as of streams."""
+        return []
+
     @abstractmethod
     def _batches(self) -> Iterator[tuple[Batch, MadeT]]:
         """The batches of this rank after the steps handed out so far, from the workers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from qwen2audio_train.data.loading.base import BatchLoader, Made, Making, Seen, 
 from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.order.index import Index
 from qwen2audio_train.data.order.planner import Cursor, Pack, Planner, deal, steps
-from qwen2audio_train.data.order.state import inputs_of, restore, save_state
+from qwen2audio_train.data.order.state import DataStateError, inputs_of, restore, save_state
 from qwen2audio_train.data.quarantine import Quarantine, costing_one_example
 from qwen2audio_train.data.samples.collate import Batch
 from qwen2audio_train.data.samples.sample import Sample
@@ -100,6 +101,26 @@ class PackLoader(BatchLoader[Made]):
     def num_steps(self, epochs: int = 1) -> int:
         """Optimiser steps of the first epochs, by planning them."""
         return -(-self.planner.num_slots(epochs) // self.packs_per_step)
+
+    def last_step(self, at_most: int) -> int | None:
+        if self.epochs is None and any(source.max_passes is None for source in self.planner.mixture.sources):
+            return None
+        wanted = (at_most - self._start_step) * self.packs_per_step
+        found = sum(1 for _ in islice(self.planner.slots(self._start, self.epochs), wanted))
+        return None if found == wanted else self._start_step + -(-found // self.packs_per_step)
+
+    def is_over(self, state: dict[str, Any]) -> bool:
+        try:
+            planner, cursor = restore(self.planner, self.packs_per_step, state, OnChangedData.refuse)
+        except DataStateError:
+            return False
+        return next(planner.slots(cursor, self.epochs), None) is None
+
+    def examples_of(self, step: int) -> list[str]:
+        before = self._start if step - 1 == self._start_step else self._marks[step - 1].cursor
+        packs, _, _ = next(steps(self.planner, before, self.packs_per_step, self.epochs))
+        rows = np.concatenate([pack.rows for pack in packs]).tolist()
+        return [self.dataset.indexes[source].read(position).id for source, _, position in rows]
 
     def _batches(self) -> Iterator[tuple[Batch, Made]]:
         self._rewind_to(self._done)

@@ -193,13 +193,16 @@ def write_failure(target: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{target}: could not be written ({error}; {free:.1f} GiB are free); {newest}")
 
 
-def rotate(run_dir: Path, keep: int | None) -> None:
-    """Delete what interrupted saves left, and the oldest checkpoints beyond `keep` that no other run builds on."""
+def rotate(run_dir: Path, keep: int | None, *, spare: int | None = None) -> None:
+    """Delete what interrupted saves left, and the oldest checkpoints beyond `keep`.
+
+    Those that another run builds on stay, and that of step `spare`.
+    """
     for partial in run_dir.glob(f"checkpoint-*{PARTIAL}"):
         shutil.rmtree(partial, ignore_errors=True)
     if keep:
         for folder in complete_checkpoints(run_dir)[:-keep]:
-            if not users(folder):
+            if folder.name != f"checkpoint-{spare}" and not users(folder):
                 shutil.rmtree(folder)
 
 

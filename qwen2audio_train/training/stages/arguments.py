@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
 from qwen2audio_train.config.combinations import ADAMW_BF16
-from qwen2audio_train.config.preference import Objective
+from qwen2audio_train.config.preference import Objective, PreferenceConfig
 from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, DeepSpeedConfig, Stage, StageConfig
 from qwen2audio_train.model.encoder_cache import check_encoder_cache
 from qwen2audio_train.training.stages.argument_rules import DEFAULT_MAX_STEPS, DEFAULT_SCHEDULE
@@ -60,6 +60,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     """
     if config.deepspeed.stage is not None and "RANK" not in os.environ:
         raise ConfigError(f"deepspeed.stage={config.deepspeed.stage}: start it with torchrun, also for a single rank")
+    check_patience(config)
     check_encoder_cache(config)
     check_deepspeed_precision(config)
     check_compiled_activations(config)
@@ -110,6 +111,15 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     if optim in ADAMW_BF16:
         arguments.optim = optim
     return arguments
+
+
+def check_patience(config: StageConfig) -> None:
+    """Patience counts evaluations. Raises ConfigError where there are none, or for a watched figure without patience."""
+    chosen, evaluates = config.preference, config.trainer.get("eval_strategy", "no") != "no"
+    if chosen.patience and not evaluates:
+        raise ConfigError(f"preference.patience={chosen.patience}: counts evaluations; set trainer.eval_strategy=steps")
+    if chosen.watch != PreferenceConfig().watch and not chosen.patience:
+        raise ConfigError(f"preference.watch={chosen.watch}: does nothing without preference.patience")
 
 
 def check_compiled_activations(config: StageConfig) -> None:

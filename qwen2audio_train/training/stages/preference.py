@@ -27,7 +27,13 @@ from qwen2audio_train.training.reference.cache import ReferenceCache, reference_
 from qwen2audio_train.training.reference.reference import reference_digest
 from qwen2audio_train.training.stages.batches import held_out
 from qwen2audio_train.training.stages.policy import build_policy
-from qwen2audio_train.training.stages.probes import HeldOutGuard, decoded_probe, drift_probe, listening_probe
+from qwen2audio_train.training.stages.probes import (
+    HeldOutGuard,
+    decoded_probe,
+    drift_probe,
+    listening_probe,
+    probe_figures,
+)
 from qwen2audio_train.training.stages.process import process
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
@@ -65,11 +71,13 @@ def preference_trainer(
     if config.data.samples_per_pack == 1 and config.preference.objective is Objective.kto:
         raise ConfigError("data.samples_per_pack=1 and preference.objective=kto: its KL term needs 2 prompts or more")
     cache = open_cache(config, arguments, model) if reference is Reference.cached else None
+    probed = probes(config, tokenizer)
     options: dict[str, Any] = {
         "args": arguments,
         "reference": reference,
         "ref_model": frozen,
-        "probes": probes(config, tokenizer),
+        "probes": probed,
+        "probe_figures": probe_figures(config.data.eval_sources) if probed else (),
         "processing_class": tokenizer,
         "loader": batches,
         "eval_batches": eval_maker,

@@ -10,7 +10,7 @@ means that the chosen answers have become less likely than under the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +126,11 @@ def decoded_probe(
     return probe
 
 
+def probe_figures(sources: Iterable[str]) -> list[str]:
+    """Patterns of the names that the probes' figures may have; the metric of decoded answers is the task's."""
+    return ["listening/margin_*", "drift/characters", "drift/kl", *(f"decoded/*/{source}" for source in sources)]
+
+
 class HeldOutGuard(TrainerCallback):
     """Stop when a held-out figure has not been better than its best for `patience` evaluations in a row.
 
@@ -149,14 +154,21 @@ class HeldOutGuard(TrainerCallback):
         """Set `should_training_stop` when it is time."""
         if self.watched not in (metrics or {}):
             raise UserError(f"watched figure {self.watched}: not among {', '.join(sorted(metrics or {}))}")
-        values = [self.sign * line[self.watched] for line in state.log_history if self.watched in line]
-        if len(values) > self.patience and max(values[-self.patience :]) <= max(values[: -self.patience]):
+        if reason := self.over(state.log_history):
             control.should_training_stop = True
-            best, last = self.sign * max(values), self.sign * values[-1]
-            logger.warning(
-                f"{self.watched} has not improved for {self.patience} evaluations (best {best:.4g}, now {last:.4g}): "
-                f"stopping at step {state.global_step}"
-            )
+            logger.warning(f"{reason}: stopping at step {state.global_step}")
+
+    def over(self, history: Sequence[dict[str, float]]) -> str | None:
+        """Why a run with this log is to stop, with its best and its last figure; None when it is not."""
+        values = [(self.sign * line[self.watched], line["step"]) for line in history if self.watched in line]
+        figures = [value for value, _ in values]
+        if len(values) <= self.patience or max(figures[-self.patience :]) > max(figures[: -self.patience]):
+            return None
+        best, at = max(values, key=lambda pair: pair[0])
+        return (
+            f"{self.watched} has not improved for {self.patience} evaluations (best {self.sign * best:.4g} at step "
+            f"{at}, now {self.sign * figures[-1]:.4g})"
+        )
 
 
 def _answered(example: Example, answers: Sequence[str]) -> PreferenceExample:

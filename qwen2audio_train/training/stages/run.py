@@ -31,6 +31,7 @@ from qwen2audio_train.training.checkpoints.bases import (
     start_of,
     write_base,
 )
+from qwen2audio_train.training.stages.ends import check_watched, end_of, say_how_it_ended, warn_of_early_end
 from qwen2audio_train.training.stages.process import process, warnings_only
 from qwen2audio_train.training.stages.resume import check_resume, plain, told_by_rank_0
 from qwen2audio_train.training.trainers.packed import PackedTrainer, RunFiles
@@ -125,15 +126,17 @@ def save_companions(tokenizer: PreTrainedTokenizerBase, samples: SampleRecipe, b
 def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     """Train from the newest complete checkpoint, or from the start, and leave a checkpoint of the last step behind."""
     trainer.remove_callback(PrinterCallback)
+    check_watched(trainer)
     point = folders.newest(config.resume, Path(config.run_dir))  # verified in `open_run`
-    if point is not None:
-        done = folders.step_of(point) >= trainer.args.max_steps
-        if trainer.args.should_save:
-            print(f"{point} is of the last step: nothing to do" if done else f"resuming from {point}")
-        if done:
-            return
+    over = None if point is None else end_of(trainer, point)
+    if trainer.args.should_save and point is not None:
+        print(f"{point} {over}: nothing to do" if over else f"resuming from {point}")
+    if over:
+        return
+    warn_of_early_end(trainer)
     trainer.train(resume_from_checkpoint=str(point) if point else None)
     trainer.save_final_checkpoint()
+    say_how_it_ended(trainer)
 
 
 def settings(config: StageConfig) -> dict[str, Any]:

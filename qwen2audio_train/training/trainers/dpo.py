@@ -41,6 +41,8 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
         ValueError: model, `reference`, `ref_model` and `cache` do not go together.
     """
 
+    held_out_metrics = ("rewards/accuracies", "mean_token_accuracy")
+
     def __init__(
         self,
         model: Any,

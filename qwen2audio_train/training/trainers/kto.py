@@ -27,6 +27,8 @@ class AudioKTOTrainer(PreferenceTrainer, KTOTrainer):
         ConfigError: model, `reference` and `ref_model` do not go together.
     """
 
+    held_out_metrics = ("kl",)
+
     def __init__(
         self,
         model: Any,

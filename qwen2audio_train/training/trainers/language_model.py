@@ -49,6 +49,7 @@ class AudioTrainer(PackedTrainer, Trainer):
     @staticmethod
     def _add(sums: Tensor, source_id: Tensor, output: Any) -> None:
         rows = torch.stack((output.nll.double(), output.correct.double(), torch.ones_like(output.nll).double()), 1)
+        rows = torch.where(rows[:, :1].isfinite(), rows, 0.0)  # a step that is no number is skipped
         sums.index_add_(0, source_id.cpu(), rows.cpu())
 
     @override
@@ -73,6 +74,11 @@ class AudioTrainer(PackedTrainer, Trainer):
             if labels:
                 figures[f"{prefix}loss/{name}"] = round(source_nll / labels, 5)
         return figures
+
+    def held_out_figures(self) -> set[str]:
+        if self.eval_batches is None:
+            return set()
+        return {"eval_loss", "eval_token_accuracy", *(f"eval_loss/{name}" for name in self.eval_batches().source_names)}
 
     @override
     @torch.no_grad()

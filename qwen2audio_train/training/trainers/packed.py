@@ -13,11 +13,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,13 +30,13 @@ from qwen2audio_train.config.schema import OptimizerConfig
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
-from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
 from qwen2audio_train.model.ctc import HEAD, HEAD_FILE
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints import optimizer_state
 from qwen2audio_train.training.checkpoints.restore import whole_state
+from qwen2audio_train.training.trainers.guard import GuardedTrainer
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
 from qwen2audio_train.training.trainers.resumed import CONFIG_FILE, ResumedTrainer
 
@@ -75,11 +75,7 @@ class Meter:
     counts: StepCounts = field(default_factory=StepCounts)
 
 
-class Diverged(UserError):
-    """Training went beyond what numbers can hold."""
-
-
-class PackedTrainer(ResumedTrainer):
+class PackedTrainer(GuardedTrainer, ResumedTrainer):
     """Mixin; see the module's docstring."""
 
     def __init__(
@@ -96,9 +92,10 @@ class PackedTrainer(ResumedTrainer):
         self.files = files
         self.eval_batches = eval_batches
         self.meter = Meter()
+        self.data_ended = False
         # Trainer refuses an evaluation interval without a data set; ours come from `eval_batches`.
         kwargs.setdefault("eval_dataset", [] if eval_batches is not None else None)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, max_skipped_steps=self.rates.max_skipped_steps, **kwargs)
         # The loss is divided in compute_loss, once; this keeps every supported Trainer from dividing it again.
         self.model_accepts_loss_kwargs = True
 
@@ -108,6 +105,10 @@ class PackedTrainer(ResumedTrainer):
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.args, self.model, self.rates)
         return self.optimizer
+
+    def held_out_figures(self) -> set[str]:
+        """Patterns of the figures that every evaluation logs; none where there is nothing to evaluate."""
+        return {"eval_loss"} if self.eval_batches is not None else set()
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,10 @@ class PackedTrainer(ResumedTrainer):
             TooManyBadExamples: there is nothing to learn in the very first step.
         """
         started = time.perf_counter()
-        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            self._end_with_the_data()
+            return [], torch.tensor(0.0, device=device)
         self.meter.waited_s += time.perf_counter() - started
         self.step = counts = self._count(batches, device)
         if counts.weight == 0 and self.state.global_step == 0:
@@ -133,6 +137,15 @@ class PackedTrainer(ResumedTrainer):
         for name in ("tokens", "audio_s", "labels"):
             setattr(self.meter.counts, name, getattr(self.meter.counts, name) + getattr(counts, name))
         return batches, torch.tensor(counts.weight, device=device)
+
+    def _end_with_the_data(self) -> None:
+        """Every source has been read as often as it may be: end as after `max_steps`."""
+        self.data_ended = True
+        self.control.should_training_stop = self.control.should_log = True
+        evaluated = any(
+            "eval_loss" in line for line in self.state.log_history if line["step"] == self.state.global_step
+        )
+        self.control.should_evaluate = self.args.eval_strategy == "steps" and not evaluated
 
     def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
         rows = [
@@ -148,14 +161,6 @@ class PackedTrainer(ResumedTrainer):
         ]
         total = torch.tensor(rows, dtype=torch.float64).sum(0)
         return StepCounts(*self.sum_over_ranks(total, device).tolist())
-
-    def sum_over_ranks(self, values: Tensor, device: Any = None) -> Tensor:
-        """Sum of a tensor over all ranks."""
-        if self.args.world_size == 1:
-            return values
-        moved = values.to(device or self.args.device)
-        dist.all_reduce(moved)
-        return moved.cpu()
 
     def other_tokens(self, count: int) -> Tensor | None:
         """Tokens that stand for the whole vocabulary when this step reads audio embeddings, on every rank alike."""
@@ -186,17 +191,9 @@ class PackedTrainer(ResumedTrainer):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add throughput and the loader's own figures to a training log line.
-
-        Raises:
-            Diverged: the loss is no longer a number.
-        """
-        if not math.isfinite(loss := logs.get("loss", logs.get("train_loss", 0.0))):
-            raise Diverged(
-                f"the loss is {loss} at step {self.state.global_step}, and so are the weights; no checkpoint is made "
-                "of them. Start again, or go on from the last one, with a lower trainer.learning_rate"
-            )
+        """Add throughput and the loader's own figures to a training log line."""
         if "loss" in logs:
+            logs = {name: value for name, value in self.guard.correct(logs).items() if math.isfinite(value)}
             elapsed = max(time.perf_counter() - self.meter.started, 1e-9)
             logs["tokens_per_s"] = round(self.meter.counts.tokens / elapsed, 1)
             logs["audio_s_per_s"] = round(self.meter.counts.audio_s / elapsed, 2)
@@ -210,21 +207,23 @@ class PackedTrainer(ResumedTrainer):
 
     @override
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint aside, seal it, then drop the oldest.
+        """Write a checkpoint aside and seal it; the oldest is dropped when a finite step has followed.
 
         Raises:
+            Diverged: the weights are no numbers.
             CheckpointError: it could not be written, for example because the disk is full; the earlier ones are left.
         """
         run_dir = Path(str(self.args.output_dir))
         target = run_dir / f"checkpoint-{self.state.global_step}"
+        if not self.may_save():
+            return
         try:
             self._write_checkpoint(target.with_suffix(folders.PARTIAL))
             if self.args.should_save:
                 folders.seal(target.with_suffix(folders.PARTIAL), target)
         except (OSError, SafetensorError) as error:
             raise folders.write_failure(target, error) from error
-        if self.args.should_save:
-            folders.rotate(run_dir, self.args.save_total_limit)
+        self.guard.unproven = target
         self._wait()
 
     def _write_checkpoint(self, partial: Path) -> None:
@@ -243,6 +242,7 @@ class PackedTrainer(ResumedTrainer):
         """A checkpoint of the last step, unless the save interval has just written one."""
         if not (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / folders.MANIFEST).is_file():
             self._save_checkpoint(self.model, None)
+        self.rotate()
 
     def _save_weights(self, partial: Path) -> None:
         state = self._weights()
@@ -285,7 +285,3 @@ class PackedTrainer(ResumedTrainer):
         (partial / "data_state.json").write_text(json.dumps(data_state, indent=1))
         (partial / CONFIG_FILE).write_text(self.files.config_yaml)
         (partial / "lineage.json").write_text(json.dumps(self.files.lineage, indent=1))
-
-    def _wait(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()

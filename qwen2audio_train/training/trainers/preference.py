@@ -8,6 +8,7 @@ of one per micro-batch, metrics to match, probes at evaluation, and a reference 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ TOKEN_METRICS = {
 """Metrics of TRL that are means over the tokens of these answers; the others are means over pairs."""
 
 
+HELD_OUT_METRICS = (
+    "loss",
+    "entropy",
+    *(f"{name}/{side}" for name in ("lengths", "logits", "logps", "rewards") for side in SIDES),
+    "rewards/margins",
+)
+"""What both objectives log about held-out pairs."""
+
+
 class PreferenceTrainer(PackedTrainer):
     """Mixin; see the module's docstring.
 
@@ -55,7 +65,8 @@ class PreferenceTrainer(PackedTrainer):
         model: the policy, a `PackedQwen2Audio` or a PEFT model around one.
         reference: where the reference's log-probabilities come from, as `resolve_reference` gave it.
         ref_model: the frozen copy.
-        probes: what evaluation measures besides the held-out pairs, see `guards`.
+        probes: what evaluation measures besides the held-out pairs, see `guards`; `probe_figures` are patterns of the
+            names of their figures.
         args, processing_class, callbacks, optimizers: as for TRL's trainer (a tokenizer, not a processor).
         loader, files, eval_batches: see `PackedTrainer`.
     """
@@ -76,10 +87,11 @@ class PreferenceTrainer(PackedTrainer):
         reference: Reference,
         ref_model: nn.Module | None = None,
         probes: Sequence[Probe] = (),
+        probe_figures: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         adapted = is_peft_model(model)
-        self.probes = tuple(probes)
+        self.probes, self.probe_figures = tuple(probes), tuple(probe_figures)
         self._adapter_is_reference = adapted and ref_model is None and not trained_outside_adapter(model)
         self._tallies: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         # Else TRL would load a reference for a policy that has neither adapter nor ref_model.
@@ -159,6 +171,8 @@ class PreferenceTrainer(PackedTrainer):
             self._tally(mode, name, value, weight if pairs else 0.0)
 
     def _tally(self, mode: str, name: str, value: float, weight: float) -> None:
+        if not math.isfinite(value):  # a step that is no number is skipped
+            value = weight = 0.0
         row = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64)
         self._tallies[mode][name] = self._tallies[mode].get(name, torch.zeros(2, dtype=torch.float64)) + row
 
@@ -205,6 +219,14 @@ class PreferenceTrainer(PackedTrainer):
             model.train(was_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    held_out_metrics: tuple[str, ...] = ()
+    """Names of the figures of TRL's trainer over held-out pairs."""
+
+    def held_out_figures(self) -> set[str]:
+        if self.eval_batches is None:
+            return set()
+        return {f"eval_{name}" for name in (*HELD_OUT_METRICS, *self.held_out_metrics, *self.probe_figures)}
 
     def held_out(self) -> PackLoader:
         """This rank's batches of held-out pairs.
