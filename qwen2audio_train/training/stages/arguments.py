@@ -114,7 +114,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
 
 
 def check_patience(config: StageConfig) -> None:
-    """Patience counts evaluations. Raises ConfigError where there are none, or for a watched figure without patience."""
+    """Patience counts evaluations. Raises ConfigError where there are none, or for a watch without it."""
     chosen, evaluates = config.preference, config.trainer.get("eval_strategy", "no") != "no"
     if chosen.patience and not evaluates:
         raise ConfigError(f"preference.patience={chosen.patience}: counts evaluations; set trainer.eval_strategy=steps")

@@ -160,7 +160,7 @@ class HeldOutGuard(TrainerCallback):
 
     def over(self, history: Sequence[dict[str, float]]) -> str | None:
         """Why a run with this log is to stop, with its best and its last figure; None when it is not."""
-        values = [(self.sign * line[self.watched], line["step"]) for line in history if self.watched in line]
+        values = [(self.sign * line[self.watched], line.get("step", 0)) for line in history if self.watched in line]
         figures = [value for value, _ in values]
         if len(values) <= self.patience or max(figures[-self.patience :]) > max(figures[: -self.patience]):
             return None

@@ -58,7 +58,7 @@ class StepGuard:
         return kept
 
     def take(self, grad_norm: Tensor | float | None) -> tuple[Tensor, Tensor]:
-        """End the running step: (1,) 1 where its loss or gradient is no number, and () the sum that `add` let through."""
+        """End the running step: (1,) 1 where its loss or gradient is no number, and () the sum of `add`."""
         assert self._finite is not None
         assert self._sum is not None
         finite, total = self._finite, self._sum
