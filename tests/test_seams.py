@@ -33,6 +33,8 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "log": "logs start_time",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
         "evaluate": "eval_dataset ignore_keys metric_key_prefix",
+        "training_step": "model inputs num_items_in_batch",
+        "_get_grad_norm": "model grad_norm",
         "_save_checkpoint": "model trial",
         "_load_from_checkpoint": "resume_from_checkpoint model",
         "_load_rng_state": "checkpoint",

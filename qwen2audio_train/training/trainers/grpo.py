@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,10 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
             The packed batches with `advantage` (M,), and the number one: their weights sum to one over the step.
         """
         began = time.perf_counter()
-        asked = [batch["prompts"] for batch in self._take(epoch_iterator, num_batches)]
+        asked = [batch["prompts"] for batch in islice(epoch_iterator, num_batches)]
+        if not asked:
+            self._end_with_the_data()
+            return [], torch.tensor(0.0, device=device)
         self.meter.waited_s += time.perf_counter() - began
         answered = [self._answered(prompts) for prompts in asked]
         rewards = [self._rewards(*group) for group in answered]
@@ -83,15 +87,12 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         for batch in batches:
             batch |= self._log_probabilities(batch)
         self._tally_step(answered, rewards, batches)
-        counts = self._count(batches, device)
+        self.step = counts = self._count(batches, device)
         for name in ("tokens", "audio_s", "labels"):
             setattr(self.meter.counts, name, getattr(self.meter.counts, name) + getattr(counts, name))
         for batch in batches:
             del batch["lengths"]
         return batches, torch.tensor(1.0, device=device)
-
-    def _take(self, batches: Iterator[Any], count: int) -> list[Any]:
-        return [next(batches) for _ in range(count)]
 
     def decoding(self, *, greedy: bool = False) -> Decoding:
         """How completions are sampled at this step; `greedy`: one each, the likeliest."""
@@ -244,6 +245,10 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
             logs |= {n: round(float(v / c), 6) for n, (v, c) in zip(names, sums, strict=True) if c > 0}
             self.tally = {}
         super().log(logs, start_time)
+
+    def held_out_figures(self) -> set[str]:
+        figures = {"eval_reward", "eval_length", *(f"eval_rewards/{name}" for name in self.rewards)}
+        return figures if self.eval_batches is not None else set()
 
     @override
     @torch.no_grad()

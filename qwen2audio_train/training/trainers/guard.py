@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
+from typing_extensions import override
 
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.training.checkpoints import folder as folders
@@ -130,10 +131,12 @@ class GuardedTrainer(Trainer):
         self.guard = StepGuard(max_skipped_steps)
         super().__init__(*args, **kwargs)
 
+    @override
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As Trainer's; the guard sees the loss."""
         return self.guard.add(super().training_step(model, inputs, num_items_in_batch))
 
+    @override
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm, after every micro-batch and before the step: a step that is no number is not taken.
 

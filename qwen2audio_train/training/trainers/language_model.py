@@ -78,7 +78,8 @@ class AudioTrainer(PackedTrainer, Trainer):
     def held_out_figures(self) -> set[str]:
         if self.eval_batches is None:
             return set()
-        return {"eval_loss", "eval_token_accuracy", *(f"eval_loss/{name}" for name in self.eval_batches().source_names)}
+        of_sources = {f"eval_loss/{name}" for name in self.eval_batches().source_names}
+        return super().held_out_figures() | {"eval_token_accuracy"} | of_sources
 
     @override
     @torch.no_grad()

@@ -108,7 +108,8 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
 
     def held_out_figures(self) -> set[str]:
         """Patterns of the figures that every evaluation logs; none where there is nothing to evaluate."""
-        return {"eval_loss"} if self.eval_batches is not None else set()
+        counts = {"eval_examples", "eval_too_long", "eval_quarantined"}
+        return {"eval_loss", *counts} if self.eval_batches is not None else set()
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
@@ -142,9 +143,8 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         """Every source has been read as often as it may be: end as after `max_steps`."""
         self.data_ended = True
         self.control.should_training_stop = self.control.should_log = True
-        evaluated = any(
-            "eval_loss" in line for line in self.state.log_history if line["step"] == self.state.global_step
-        )
+        here = [line for line in self.state.log_history if line["step"] == self.state.global_step]
+        evaluated = any("eval_loss" in line or "eval_reward" in line for line in here)
         self.control.should_evaluate = self.args.eval_strategy == "steps" and not evaluated
 
     def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:

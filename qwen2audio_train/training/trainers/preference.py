@@ -226,7 +226,8 @@ class PreferenceTrainer(PackedTrainer):
     def held_out_figures(self) -> set[str]:
         if self.eval_batches is None:
             return set()
-        return {f"eval_{name}" for name in (*HELD_OUT_METRICS, *self.held_out_metrics, *self.probe_figures)}
+        own = {f"eval_{name}" for name in (*HELD_OUT_METRICS, *self.held_out_metrics, *self.probe_figures)}
+        return super().held_out_figures() | own
 
     def held_out(self) -> PackLoader:
         """This rank's batches of held-out pairs.

@@ -63,6 +63,10 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         loss = output.ctc_sum * (self.args.world_size / num_items_in_batch.clamp(min=1e-8))
         return (loss, output) if return_outputs else loss
 
+    def held_out_figures(self) -> set[str]:
+        figures = super().held_out_figures()
+        return figures | {"eval_wer", "eval_cer"} if figures else figures
+
     @override
     @torch.no_grad()
     def evaluate(
