@@ -156,11 +156,10 @@ class AdapterConfig:
 
 @dataclass
 class OptimizerConfig:
-    """What `trainer.optim` and `trainer.learning_rate` cannot say: rates per module.
+    """What `trainer.optim` and `trainer.learning_rate` cannot say.
 
     Attributes:
-        learning_rates: rate of a part (`audio_tower`, `multi_modal_projector`, `language_model`, `embed_tokens`,
-            `lm_head`) where it differs from `trainer.learning_rate`.
+        learning_rates: rate of a part, such as `audio_tower`, where it differs from `trainer.learning_rate`.
         encoder_layer_decay: factor on the rate from one encoder layer to the one below it (Qwen-Audio: 0.95).
         max_skipped_steps: steps in a row without finite loss and gradient that are skipped; one more ends the run.
     """
