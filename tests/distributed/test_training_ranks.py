@@ -30,8 +30,8 @@ STEPS = (
     "data.tokens_per_pack=60",
 )
 LORA = ("adapter.kind=lora", "adapter.r=2", "adapter.modules=[language_model,audio_tower]", "adapter.dropout=0.0")
-TEXT = (*STEPS, "trainer.max_steps=2", "trainer.save_strategy='no'")
-PAIRS = (*STEPS, "data.tokens_per_pack=200", "trainer.max_steps=6", "trainer.save_strategy='no'", "trainer.beta=0.5")
+TEXT = (*STEPS, "trainer.max_steps=2", "trainer.save_steps=1000")
+PAIRS = (*STEPS, "data.tokens_per_pack=200", "trainer.max_steps=6", "trainer.save_steps=1000", "trainer.beta=0.5")
 
 OFFLOAD = {
     "offload-2": ("deepspeed.stage=2", "deepspeed.offload_optimizer=true"),

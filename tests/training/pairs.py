@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -97,7 +98,11 @@ class HeldOut(list[Any]):
     """Held-out batches of which every example was used."""
 
     def seen(self) -> Seen:
-        return Seen(planned=int(sum(batch["pair_weight"].sum() for batch in self)), too_long=0, bad_lines=0, unusable=0)
+        """What is planned is planned for all ranks."""
+        pairs = torch.stack([batch["pair_weight"].sum() for batch in self]).sum()
+        if dist.is_initialized():
+            dist.all_reduce(pairs)
+        return Seen(planned=int(pairs), too_long=0, bad_lines=0, unusable=0)
 
 
 class Gradients(TrainerCallback):

@@ -220,7 +220,7 @@ def restore_optimizer(model: nn.Module, optimizer: Any, folder: Path, weight: Ca
     for share in shares(model, optimizer):
         file, entry = saved.of(share)
         group, state = groups.get(id(share.held), inner.param_groups[0]), inner.state[share.held]
-        for key in set(entry.values) - {MASTER}:
+        for key in (name for name in entry.values if name != MASTER):
             values = saved.values(share, key)
             share.of(state.setdefault(key, torch.zeros_like(share.held, dtype=values.dtype))).copy_(values)
         for key in (*entry.counts, *entry.scales):

@@ -99,11 +99,13 @@ class AdamWBF16(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any], generator: torch.Generator) -> None:
         state = self.state[parameter]
+        names = ("exp_avg", "exp_avg_sq", *(["lost"] if self.kahan else []))
         if not state:
-            for name in ("exp_avg", "exp_avg_sq", *(["lost"] if self.kahan else [])):
+            for name in names:
                 state[name] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         assert parameter.grad is not None
-        tensors = [parameter.data, parameter.grad.contiguous(), *state.values()]
+        # By name: a state that was read back need not have them in this order.
+        tensors = [parameter.data, parameter.grad.contiguous(), *(state[name] for name in names)]
         for pieces in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
             _adamw(*pieces, group=group, generator=generator)
 
