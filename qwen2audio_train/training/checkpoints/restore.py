@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.integrations import deepspeed as zero
 
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """Hide ZeRO-3 from transformers, which would cut a new model up while its random weights are drawn: they would not
+    be those of other runs, and whoever looks at shapes would find none."""
+    hidden = zero._hf_deepspeed_config_weak_ref
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero._hf_deepspeed_config_weak_ref = hidden
 
 
 def whole(parameters: Iterable[Tensor], *, changes: bool = False) -> AbstractContextManager[Any]:

@@ -13,9 +13,10 @@ from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from qwen2audio_train.model.recogniser import Recogniser
+from qwen2audio_train.training.checkpoints.restore import kept_whole
 from qwen2audio_train.training.stages.batches import held_out
 from qwen2audio_train.training.stages.ctc_head import attach_ctc_head
-from qwen2audio_train.training.stages.policy import build_policy, kept_whole
+from qwen2audio_train.training.stages.policy import build_policy
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.stages.tokenizer import build_tokenizer, languages_of, training_examples
 from qwen2audio_train.training.trainers.callbacks import callbacks

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed as zero
 
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import (
@@ -29,19 +28,8 @@ from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import base_of, check_weights, start_of
+from qwen2audio_train.training.checkpoints.restore import kept_whole
 from qwen2audio_train.training.stages.process import process, warnings_only
-
-
-@contextmanager
-def kept_whole() -> Iterator[None]:
-    """Hide ZeRO-3 from transformers, which would cut a new model up while its random weights are drawn: they would not
-    be those of other runs, and whoever looks at shapes would find none."""
-    hidden = zero._hf_deepspeed_config_weak_ref
-    zero.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        zero._hf_deepspeed_config_weak_ref = hidden
 
 
 def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.data.loading.indexed import PackLoader
-from qwen2audio_train.training.checkpoints.restore import whole
+from qwen2audio_train.training.checkpoints.restore import kept_whole, whole
 from qwen2audio_train.training.reference.reference import (
     REFERENCE_ADAPTER,
     adapter_left_as_it_is,
@@ -250,7 +250,8 @@ class PreferenceTrainer(PackedTrainer):
             yield self.model_wrapped
             return
         device = self.args.device
-        with whole(self.model.parameters()), torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16)
+        with whole(self.model.parameters()), kept_whole(), bf16:  # hidden, or TRL gathers a head that is whole
             yield self.model.to(device)
 
     @contextmanager
