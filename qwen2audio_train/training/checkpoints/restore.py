@@ -17,8 +17,11 @@ from qwen2audio_train.training.checkpoints.folder import CheckpointError
 
 @contextmanager
 def kept_whole() -> Iterator[None]:
-    """Hide ZeRO-3 from transformers, which would cut a new model up while its random weights are drawn: they would not
-    be those of other runs, and whoever looks at shapes would find none."""
+    """Hide ZeRO-3 from transformers and TRL for the time of the context.
+
+    A new model is then created unsharded: the same random weights for every number of ranks, and full shapes. And a
+    head that is whole is not gathered.
+    """
     hidden = zero._hf_deepspeed_config_weak_ref
     zero.unset_hf_deepspeed_config()
     try:
