@@ -44,17 +44,28 @@ def within(timeout_s: float | None, work: Callable[..., Result], *args: Any) -> 
         work: a function of a module, and arguments that pickle; what it raises is raised here.
 
     Raises:
-        DeadlineError: no result after `timeout_s`, or the helper died.
+        DeadlineError: no result after `timeout_s`, or the helper died (a new one is tried twice).
     """
     if timeout_s is None:
         return work(*args)
     helper = getattr(_LOCAL, "helper", None)
-    if helper is None or helper.owner != os.getpid():
-        helper = _LOCAL.helper = Helper()
+    if helper is not None and helper.owner == os.getpid():
+        return _call(helper, timeout_s, work, args)
+    # A fork inherits the locks that other threads held, and may never get past one. So what the first call of a helper
+    # comes to is put down to its work only when a second helper comes to it too.
+    try:
+        return _call(Helper(), timeout_s, work, args)
+    except DeadlineError:
+        return _call(Helper(), timeout_s, work, args)
+
+
+def _call(helper: Helper, timeout_s: float, work: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+    """Keeps the helper for the next call, unless it died, or was interrupted and would answer that one with this."""
+    _LOCAL.helper = helper
     try:
         return helper.call(timeout_s, work, args)
     except BaseException as error:
-        if helper.is_stopped or not isinstance(error, Exception):  # an interrupted call would answer the next one
+        if helper.is_stopped or not isinstance(error, Exception):
             helper.stop()
             _LOCAL.helper = None
         raise

@@ -35,6 +35,14 @@ def crash() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def crash_the_first_time(folder: Path) -> str:
+    """As a helper that was forked while another thread held a lock."""
+    if not (folder / "been").exists():
+        (folder / "been").touch()
+        crash()
+    return "done"
+
+
 def number_of_process() -> int:
     return os.getpid()
 
@@ -62,6 +70,22 @@ def test_what_does_not_return_is_ended_and_replaced(work: Callable[[], object], 
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
     assert within(9, number_of_process) not in (before, os.getpid())
+
+
+def test_what_kills_a_new_helper_is_tried_on_a_second_one(tmp_path: Path) -> None:
+    found: list[object] = []
+
+    def fresh(work: Callable[..., object], *args: object) -> None:
+        try:
+            found.append(within(9, work, *args))
+        except DeadlineError as error:
+            found.append(str(error))
+
+    for work in [(crash_the_first_time, tmp_path), (crash,)]:
+        thread = threading.Thread(target=fresh, args=work)  # a thread of its own has no helper yet
+        thread.start()
+        thread.join()
+    assert found == ["done", "crashed (SIGKILL)"]
 
 
 def test_results_and_errors_come_back_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
