@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qwen2audio_train.layout import SPECIAL_TOKENS
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -81,15 +83,21 @@ class UnpairedExample:
 Example = TaskExample | ChatExample | PreferenceExample | UnpairedExample
 
 
-PLACEHOLDER = re.compile(r"<(?:\|/?(?:audio|audio_bos|audio_eos)\||/?audio)>", re.IGNORECASE)
+MARK = re.compile(
+    "|".join([r"<\|/?(?:audio|image|video)\w*\|>", "</?(?:audio|image|video)>", *map(re.escape, SPECIAL_TOKENS)]),
+    re.IGNORECASE,
+)
+NO_MARK = (
+    "text alone: a clip is a part of the message, or stands in `audios` beside it (data_manifests/README.md), and the "
+    "borders of turns are put there by the chat layout; a tag of markup is written with spaces in it"
+)
 
 
-def placeholder_in(text: str) -> str | None:
-    """What stands in a text for a clip (`<audio>`, `<|AUDIO|>` and their kin), None if nothing does.
-
-    In an example of ours clips are parts of their own, so that such a mark would be learnt as mere characters.
+def mark_in(text: str) -> str | None:
+    """What stands in a text for something that is not text, None if nothing does: `<audio>`, `<|AUDIO|>` and their kin
+    in other projects, and the special tokens (`<|im_end|>`), which would be learnt as mere characters.
     """
-    found = PLACEHOLDER.search(text) if "<" in text else None
+    found = MARK.search(text) if "<" in text else None
     return found.group() if found else None
 
 

@@ -13,6 +13,7 @@ from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.manifests.manifest import parse_manifest
 from qwen2audio_train.data.prompts.render import Text, render
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.evaluation.scoring.table import aligned
 from qwen2audio_train.layout import num_clip_tokens, num_samples_of
 from qwen2audio_train.model.adapters import apply_adapter
@@ -160,7 +161,11 @@ def manifest_counts(files: list[Path], config: StageConfig) -> Counts:
     audio = sum(num_clip_tokens(num_samples_of(duration)) for duration in durations if duration > 0)
     characters = {True: 0, False: 0}
     for example in examples:
-        rendered = render(example, prompt_style=config.data.prompt_style, seed=config.data.prompt_seed)
+        try:
+            rendered = render(example, prompt_style=config.data.prompt_style, seed=config.data.prompt_seed)
+        except ExampleError:
+            bad += 1
+            continue
         pieces = (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch))
         for piece in pieces:
             if isinstance(piece, Text):

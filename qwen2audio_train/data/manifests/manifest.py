@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2audio_train.data.examples import (
+    NO_MARK,
     ChatExample,
     Clip,
     Example,
@@ -32,7 +33,7 @@ from qwen2audio_train.data.examples import (
     TaskExample,
     UnpairedExample,
     clips_of,
-    placeholder_in,
+    mark_in,
 )
 from qwen2audio_train.data.manifests.json_object import ManifestError, Record, as_record, load_record
 from qwen2audio_train.data.prompts.pools import missing_fields, task_names
@@ -194,12 +195,8 @@ def _unpaired_example(record: Record) -> UnpairedExample:
 def _spoken(record: Record, key: str) -> str:
     """Text that the model is to read or say."""
     text = record.text(key)
-    if mark := placeholder_in(text):
-        expected = (
-            "text alone: a clip is a part of the message, or stands in `audios` beside it "
-            "(data_manifests/README.md), and a tag of markup is written with spaces in it"
-        )
-        raise record.error(key, expected, f"{mark!r}, which marks the place of a clip that is not there")
+    if mark := mark_in(text):
+        raise record.error(key, NO_MARK, f"{mark!r} in it")
     return text
 
 

@@ -18,6 +18,7 @@ from string import Formatter
 
 from qwen2audio_train.config.data import LabelledTurns, PromptStyle
 from qwen2audio_train.data.examples import (
+    NO_MARK,
     ChatExample,
     Clip,
     Example,
@@ -25,6 +26,7 @@ from qwen2audio_train.data.examples import (
     PreferenceExample,
     TaskExample,
     UnpairedExample,
+    mark_in,
     task_of,
 )
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
@@ -87,8 +89,20 @@ def render(
     prefix), a chat without its last assistant message and with the generation prompt, a preference without answers.
 
     Raises:
-        ExampleError: a chat to be learnt from has no assistant message.
+        ExampleError: a chat to be learnt from has no assistant message; a text holds a mark, such as `<audio>` or
+            `<|im_end|>`, for what is not there or comes from here. Manifest lines are refused for it where they are
+            read; this is for examples that were never a line.
     """
+    rendered = _laid_out(example, prompt_style, seed, labelled_turns, for_generation)
+    for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
+        if isinstance(piece, Text) and not piece.is_markup and (mark := mark_in(piece.text)):
+            raise ExampleError(f'example "{example.id}": expected {NO_MARK}; found {mark!r} in {piece.text[:60]!r}')
+    return rendered
+
+
+def _laid_out(
+    example: Example, prompt_style: PromptStyle, seed: int, labelled_turns: LabelledTurns, for_generation: bool
+) -> Rendered:
     if isinstance(example, TaskExample):
         trunk = _task_pieces(example, prompt_style, seed, for_generation)
         transcript = example.target if example.task == "asr" else ""

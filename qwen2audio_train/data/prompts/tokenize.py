@@ -104,6 +104,9 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, num_samples
 
     Args:
         num_samples: length of every clip at 16 kHz, in order; it decides the number of `<|AUDIO|>` placeholders.
+
+    Raises:
+        ExampleError: there are placeholders that no clip stands for.
     """
     encoder = text_encoder(tokenizer)
     lengths = iter([num_clip_tokens(length) for _, length in zip(rendered.clips, num_samples, strict=True)])
@@ -119,6 +122,11 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, num_samples
             new = encoder.encode([piece for piece in group if isinstance(piece, Text)])
         ids += new
         labels += [bool(is_label)] * len(new)
+    if (found := ids.count(encoder.audio_token_id)) != len(slots):
+        raise ExampleError(
+            f'example "{rendered.id}": {found} tokens {AUDIO_TOKEN} where its clips have {len(slots)}: '
+            "the prompt holds some of its own; leave them out, since they are put where the clips are"
+        )
     branches = tuple(np.array(encoder.encode(branch), dtype=np.int64) for branch in rendered.branches)
     return Tokens(
         np.array(ids, dtype=np.int64), np.array(labels, dtype=bool), np.array(slots, dtype=np.int64), branches

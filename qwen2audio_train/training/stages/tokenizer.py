@@ -18,6 +18,7 @@ from qwen2audio_train.data.prompts.pools import tag_tokens
 from qwen2audio_train.data.prompts.render import Text, render
 from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
 from qwen2audio_train.data.samples.recipe import remote_of
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import base_of, start_of
 
@@ -72,7 +73,10 @@ def training_examples(data: DataConfig) -> Iterator[Example]:
 def texts_of(examples: Iterable[Example], data: DataConfig) -> Iterator[str]:
     """What is written and asked in the examples, without the special tokens."""
     for example in examples:
-        rendered = render(example, prompt_style=data.prompt_style, seed=data.prompt_seed)
+        try:
+            rendered = render(example, prompt_style=data.prompt_style, seed=data.prompt_seed)
+        except ExampleError:  # the loader's to count, too
+            continue
         for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
             if isinstance(piece, Text):
                 yield from filter(None, SPECIAL_TOKEN.split(piece.text))

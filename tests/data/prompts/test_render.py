@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
+from qwen2audio_train.data.examples import (
+    ChatExample,
+    Clip,
+    Example,
+    Message,
+    PreferenceExample,
+    TaskExample,
+    UnpairedExample,
+)
 from qwen2audio_train.data.prompts.pools import PLACEHOLDERS, choose_prompt, describe_tasks, tag_tokens, task_names
 from qwen2audio_train.data.prompts.pools import _pools as pools
 from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
@@ -71,6 +80,41 @@ def test_chat_without_an_answer_cannot_be_learnt_from() -> None:
         render(chat(("user", (CLIP,))))
 
 
+def with_text(text: str) -> dict[str, Example]:
+    """Examples that hold a text in every place where one can stand."""
+    asked, heard = (Message("user", (CLIP, text)),), (Message("user", (CLIP, "What?")),)
+    return {
+        "target": TaskExample("x", CLIP, "asr", "en", text, "s"),
+        "question": TaskExample("x", CLIP, "aqa", None, "two", "s", question=text),
+        "turn": chat(("user", (text,)), ("assistant", ("ok",))),
+        "turn beside a clip": chat(("user", (CLIP, text)), ("assistant", ("ok",))),
+        "system": chat(("system", (text,)), ("user", (CLIP,)), ("assistant", ("ok",))),
+        "answer": chat(("user", (CLIP,)), ("assistant", (text,))),
+        "prompt of a pair": PreferenceExample("x", asked, "a", ("b",), "s"),
+        "chosen": PreferenceExample("x", heard, text, ("b",), "s"),
+        "rejected": PreferenceExample("x", heard, "a", ("b", text), "s"),
+        "completion": UnpairedExample("x", heard, text, True, "s"),
+    }
+
+
+@pytest.mark.parametrize("place", with_text(""))
+@pytest.mark.parametrize("mark", ["<audio>", "<|AUDIO|>", "<|audio_pad|>", "<image>", "<|im_end|>", "<|endoftext|>"])
+def test_a_mark_in_a_text_is_no_clip_and_no_text(place: str, mark: str) -> None:
+    """Also for what was never a line of a manifest: examples made in Python, and prompts that are to be answered."""
+    with pytest.raises(ExampleError, match=rf'"(x|b1)": expected text alone.* found {re.escape(repr(mark))}'):
+        render(with_text(f"What {mark} is it?")[place])
+    if place in ("question", "turn", "turn beside a clip", "system", "prompt of a pair"):
+        with pytest.raises(ExampleError, match="text alone"):
+            render(with_text(mark)[place], for_generation=True)
+    for kept in ("a < b > c", "< audio >", "<b>", "<audio controls>", "|AUDIO|", "<|en|>"):
+        rendered = render(with_text(kept)[place])
+        texts = [
+            rendered_text(rendered),
+            *(rendered_text(rendered, branch) for branch in range(len(rendered.branches))),
+        ]
+        assert any(kept in text for text in texts)
+
+
 def test_voice_chat_is_a_turn_of_audio_alone() -> None:
     text = rendered_text(render(chat(("user", (CLIP,)), ("assistant", ("Hi.",)))))
     assert text == (
@@ -117,9 +161,9 @@ def test_without_a_language_no_prompt_names_one() -> None:
 
 
 def test_a_question_is_the_user_s_text() -> None:
-    example = TaskExample("a4", CLIP, "aqa", "en", "two", "s", question="How many {language} <|im_end|>?")
+    example = TaskExample("a4", CLIP, "aqa", "en", "two", "s", question="How many {language} <|en|>?")
     rendered = render(example)
-    assert rendered_text(rendered) == f"{AUDIO}How many {{language}} <|im_end|>?two<|endoftext|>"
+    assert rendered_text(rendered) == f"{AUDIO}How many {{language}} <|en|>?two<|endoftext|>"
     assert [p.is_markup for p in rendered.trunk if isinstance(p, Text) and "How" in p.text] == [False]
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProcessor
 
-from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
-from qwen2audio_train.data.prompts.render import render, rendered_text
+from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample
+from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
 from qwen2audio_train.data.prompts.tokenize import count_tokens, tokenize
 from qwen2audio_train.data.prompts.tokenizer import QWEN2_WORDS, as_qwen2_audio, save_processor, train_tokenizer
 from qwen2audio_train.errors import ExampleError
@@ -90,19 +90,23 @@ def test_label_border_is_exact_for_any_text(tokenizer: Any, question: str, answe
 
 @pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "<|en|>"])
 def test_data_text_never_becomes_a_special_token(tokenizer: PreTrainedTokenizerFast, token: str) -> None:
+    """`render` refuses all but the tags of languages; what gets by it is characters."""
     special = tokenizer.convert_tokens_to_ids(token)
-    clean, hostile = (
-        [
-            tokenize(render(chat(f"a{text}b", f"c{text}")), tokenizer, [SECOND]).input_ids,
-            tokenize(
-                render(TaskExample("a", Clip("a", 1.0), "asr", None, f"{text}!", "s")), tokenizer, [SECOND]
-            ).input_ids,
-        ]
-        for text in ("", token)
+    clip, end = (Text("<|audio_bos|>", is_markup=True), Clip("a", 1.0)), Text("<|im_end|>", True, True)
+    before, after = (
+        tokenize(Rendered("x", "s", "chat", (*clip, Text(text), Text(text, True), end)), tokenizer, [SECOND]).input_ids
+        for text in ("a", f"a{token}")
     )
-    for before, after in zip(clean, hostile, strict=True):
-        assert (before == special).sum() == (after == special).sum()
-        assert len(after) > len(before)
+    assert (before == special).sum() == (after == special).sum()
+    assert len(after) > len(before)
+
+
+def test_a_placeholder_of_a_prompt_is_no_clip(tokenizer: PreTrainedTokenizerFast) -> None:
+    trunk = (Text("<|audio_bos|><|AUDIO|><|audio_eos|>What?", is_markup=True), Text("Glass.", True))
+    with pytest.raises(ExampleError, match=r'"x": 1 tokens <\|AUDIO\|> where its clips have 0'):
+        tokenize(Rendered("x", "s", "chat", trunk), tokenizer, [])
+    with pytest.raises(ExampleError, match=r"26 tokens .* have 25"):
+        tokenize(Rendered("x", "s", "chat", (Clip("a", 1.0), *trunk)), tokenizer, [SECOND])
 
 
 def test_placeholders_and_their_places(tokenizer: PreTrainedTokenizerFast) -> None:
