@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 
@@ -15,22 +17,26 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2AudioForConditionalGeneration, WhisperModel
 
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.config.schema import ModelConfig, ModelKind
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ModelConfig, ModelKind
 from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Clip, TaskExample
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import materialise
-from qwen2audio_train.export import export
+from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts
+from qwen2audio_train.export import check_export, export
 from qwen2audio_train.layout import MAX_FRAMES, MAX_SAMPLES, SAMPLING_RATE, num_audio_tokens
+from qwen2audio_train.model.adapters import apply_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.encoder import encode_packed
 from qwen2audio_train.model.packed import PackedQwen2Audio
 from qwen2audio_train.training.stages.tokenizer import as_qwen2_audio, load_tokenizer
+from tests.runs import logged, pairs_recipe, train
 
 PARTS, CLIPS = (Path(os.environ.get(name, "")) for name in ("QWEN2AUDIO_PARTS", "QWEN2AUDIO_CLIPS"))
 BANDS = 80
 RECIPE = SampleRecipe(num_mel_bins=BANDS)
+DECODING = Decoding(max_new_tokens=6)
 
 pytestmark = [
     pytest.mark.parts,
@@ -128,3 +134,78 @@ def test_packed_clips_are_padded_clips(model: PackedQwen2Audio, exported: Path, 
         assert gap < 1e-4
     print(f"loss: {float(out.nll_sum)} packed, {sum(losses)} padded")
     assert float(out.nll_sum) == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_plain_transformers_decodes_the_export_alike(
+    model: PackedQwen2Audio, tokenizer: PreTrainedTokenizerBase, exported: Path, clips: list[Clip]
+) -> None:
+    assert check_export(exported, model, tokenizer, RECIPE, examples(clips), decoding=DECODING) == []
+
+
+def test_a_batch_of_sixteen_decodes_as_one_by_one(
+    model: PackedQwen2Audio, tokenizer: PreTrainedTokenizerBase, clips: list[Clip]
+) -> None:
+    """Sixteen prompts on four recordings, of unlike lengths."""
+    tasks = ("asr", "lid", "aac", "ser")
+    prompts = [
+        materialise(TaskExample(f"{task}{index}", clip, task, "en", "", "real"), tokenizer, RECIPE, for_generation=True)
+        for task in tasks
+        for index, clip in enumerate(clips)
+    ]
+    longest = max(len(prompt.input_ids) for prompt in prompts) + DECODING.max_new_tokens
+    one = Decoding(max_new_tokens=DECODING.max_new_tokens, tokens_per_batch=1)
+    many = Decoding(max_new_tokens=DECODING.max_new_tokens, tokens_per_batch=16 * longest)
+    assert generate_texts(model, tokenizer, prompts, many) == generate_texts(model, tokenizer, prompts, one)
+
+
+@pytest.fixture
+def adapted(model: PackedQwen2Audio) -> torch.nn.Module:
+    """The model with an adapter that changes it. Its only test is the last: afterwards the model is another one."""
+    parts = ["language_model", "audio_tower", "multi_modal_projector"]
+    adapted = apply_adapter(model, AdapterConfig(kind=AdapterKind.lora, r=8, modules=parts))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    return adapted.eval()
+
+
+def test_the_first_loss_of_dpo_is_ln_2(tmp_path: Path, clips: list[Clip]) -> None:
+    lines = [
+        {"id": f"{index}", "prompt": [{"role": "user", "content": [{"type": "audio", "audio": clip.path}]}]}
+        | {"chosen": "so it is said", "rejected": "I cannot hear that"}
+        for index, clip in enumerate(clips)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = [f"model.audio_encoder={PARTS}/whisper_base", f"model.language_model={PARTS}/smollm2_135m_instruct"]
+    config = pairs_recipe(
+        tmp_path,
+        tmp_path / "run",
+        "model.kind=assembled",
+        "model.num_mel_bins=80",
+        *parts,
+        "adapter.kind=lora",
+        "adapter.dropout=0.0",
+        "data.tokens_per_pack=2000",
+        "data.packs_per_step=1",
+        "trainer.max_steps=1",
+    )
+    train(config)
+    ((loss,),) = logged(config, "loss")
+    print(f"first loss of DPO: {loss}")
+    assert loss == pytest.approx(math.log(2), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_merged_adapter_is_the_unmerged_one(
+    adapted: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, clips: list[Clip]
+) -> None:
+    batch = pack([materialise(example, tokenizer, RECIPE) for example in examples(clips)], num_mel_bins=BANDS)
+    with adapted.disable_adapter():  # type: ignore[operator]
+        plain = adapted(**batch).nll
+    before = adapted(**batch).nll
+    after = merge_adapter(adapted)(**batch).nll
+    print(f"merged: {relative(after, before):.1e}, the adapter itself: {relative(plain, before):.1e}")
+    assert relative(after, before) < 1e-4
+    assert relative(plain, before) > 1e-2
