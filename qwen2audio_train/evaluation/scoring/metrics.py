@@ -11,6 +11,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 
 from qwen2audio_train.errors import MissingLibraryError
+from qwen2audio_train.evaluation.scoring.benchmarks import LETTERS
 from qwen2audio_train.evaluation.scoring.bootstrap import Counts, Score, proportion, ratio_score, resampled_score
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER, normalise, units
 from qwen2audio_train.evaluation.scoring.recipes import REFERENCE, ErrorRateRecipe, Units, counts
@@ -151,11 +152,15 @@ def chosen_option(hypothesis: str, choices: Sequence[str]) -> str | None:
     return named[0] if len({frozenset(_words(choice)) for choice in named}) == 1 else None
 
 
-def chosen_letter(hypothesis: str) -> str | None:
-    """The option that an answer such as `B`, `(B) rain` or `The answer is B.` names; None where it names none."""
-    first = re.match(r"\(?([A-J])(?![A-Za-z'])", hypothesis.strip())
-    found = [first[1]] if first else re.findall(r"\b([A-J])\b(?!')", hypothesis)
-    return found[-1] if found else None
+def chosen_letter(hypothesis: str, count: int = 4) -> str | None:
+    """The option, one of the first `count` letters, that an answer such as `B`, `(B) rain` or `I think it is B` names.
+
+    None where it names none, or several without beginning with one: `B or C`.
+    """
+    letters = LETTERS[:count]
+    first = re.match(rf"\W*([{letters}])(?:\W*$|[.):,])", hypothesis)
+    named = {first[1]} if first else set(re.findall(rf"\b([{letters}])\b(?!')", hypothesis))
+    return named.pop() if len(named) == 1 else None
 
 
 def wrote_words(references: Sequence[str], hypotheses: Sequence[str], language: str | None) -> list[int]:

@@ -1,9 +1,9 @@
 """Text normalisation before scoring, as the reference scripts of Qwen2-Audio do it.
 
 Tags of the form `<|...|>` go. Then, by language: `en` Whisper's English normaliser and after it the basic one (that
-the second follows the first is a quirk which the published figures contain); `zh` spaces out, numbers read aloud,
-punctuation out; `yue` converted to simplified characters, then the basic normaliser; all others the basic one.
-Chinese, Cantonese and Japanese are scored per character, the rest per word.
+the second follows the first is a quirk which the published figures contain); `zh` spaces out, numbers as they are read,
+punctuation out (chinese.py); `yue` converted to simplified characters, then the basic normaliser; all others the basic
+one. Chinese, Cantonese and Japanese are scored per character, the rest per word.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import importlib
 import importlib.resources
 import json
 import re
-import unicodedata
 from collections.abc import Iterable
 from functools import cache
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from qwen2audio_train.errors import MissingLibraryError
+from qwen2audio_train.evaluation.scoring.chinese import normalise_chinese
 
 PER_CHARACTER = frozenset({"zh", "yue", "ja"})
 """Languages written without spaces: error rates count characters."""
@@ -95,55 +95,3 @@ def _simplify(text: str) -> str:
             "pip install 'qwen2audio-train[evaluation]' (the package zhconv)."
         ) from None
     return zhconv.convert(text, "zh-cn")
-
-
-# Chinese: numbers are read aloud, so that "25%" and "百分之二十五" are the same answer.
-
-_DIGITS = "零一二三四五六七八九"
-_PLACES = ("", "十", "百", "千")
-_MYRIADS = ("", "万", "亿", "万亿")
-_MEASURES = "个只位名人元块次倍万亿米克吨里岁斤种件条台家所座套份年月天日时分秒"
-_NUMBER = r"\d+(?:\.\d+)?"
-
-
-def normalise_chinese(text: str) -> str:
-    """Chinese `text` without spaces and punctuation, numbers written in characters, Latin letters in lower case."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    text = re.sub(r"(\d{4}|\d{2})(?=年)", lambda m: _spell(m[1]), text)
-    text = re.sub(rf"({_NUMBER})%", lambda m: "百分之" + _read(m[1]), text)
-    text = re.sub(r"(\d+)/(\d+)", lambda m: f"{_read(m[2])}分之{_read(m[1])}", text)
-    text = re.sub(rf"({_NUMBER})(?=([{_MEASURES}])?)", lambda m: _read(m[1], counted=bool(m[2])), text)
-    return "".join(c for c in text if unicodedata.category(c)[0] in "LNM")
-
-
-def _read(number: str, counted: bool = True) -> str:
-    """A decimal number as it is read: `105` 一百零五, `3.5` 三点五; long and uncounted ones digit by digit."""
-    whole, _, fraction = number.partition(".")
-    if fraction:
-        return f"{_cardinal(whole)}点{_spell(fraction)}"
-    is_code = len(whole) > 1 and whole[0] == "0"
-    if is_code or len(whole) > 16 or (len(whole) > 3 and not counted):
-        return _spell(whole)
-    return _cardinal(whole)
-
-
-def _spell(digits: str) -> str:
-    return "".join(_DIGITS[int(d)] for d in digits)
-
-
-def _cardinal(digits: str) -> str:
-    digits = digits.lstrip("0") or "0"
-    if digits == "0":
-        return _DIGITS[0]
-    read, skipped_zero, in_myriad = "", False, False
-    for place, digit in zip(range(len(digits) - 1, -1, -1), digits, strict=True):
-        if digit == "0":
-            skipped_zero = True
-        else:
-            read += ("零" if skipped_zero else "") + _DIGITS[int(digit)] + _PLACES[place % 4]
-            skipped_zero, in_myriad = False, True
-        if place % 4 == 0 and in_myriad:
-            read += _MYRIADS[place // 4]
-            in_myriad = False
-    return read.removeprefix("一") if read.startswith("一十") else read

@@ -23,7 +23,7 @@ STAMPS: dict[Metric, str] = {
     "accuracy": "normalised/1",
     "exact_accuracy": "exact/1",
     "choice": "option_words/1",
-    "letter": "option_letter/1",
+    "letter": "option_letter/2",
     "hallucination": "any_words/1",
 }
 """Name and version of how an answer is read and scored, by metric; raised whenever a change can move a number."""
@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         published: other people's figures for it.
-        scoring: how answers were read and scored, with its version: `reference/1`.
+        scoring: how answers were read and scored, with its version: `reference/2`.
         prompt: how a benchmark's items were asked, with the version of its prompt: `librispeech_test_clean/1`.
     """
 
@@ -98,7 +98,7 @@ def counts_of(metric: Metric, items: Sequence[Item], texts: Sequence[str]) -> Co
     elif metric == "choice":
         flags = [int(said == wanted) for said, wanted in zip(_chosen(items, texts), references, strict=True)]
     elif metric == "letter":
-        flags = [int(metrics.chosen_letter(text) == wanted) for text, wanted in zip(texts, references, strict=True)]
+        flags = [int(said == wanted) for said, wanted in zip(_letters(items, texts), references, strict=True)]
     else:
         flags = metrics.is_right(references, texts, language=language, exact=metric == "exact_accuracy")
     return flags, [1] * len(flags)
@@ -148,11 +148,17 @@ def _chosen(items: Sequence[Item], texts: Sequence[str]) -> list[str | None]:
     return [metrics.chosen_option(text, item.meta.get("choices", ())) for item, text in zip(items, texts, strict=True)]
 
 
+def _letters(items: Sequence[Item], texts: Sequence[str]) -> list[str | None]:
+    """The letter that each text names, of the item's choices (of four where it lists none)."""
+    counts = [len(item.meta.get("choices", ())) or 4 for item in items]
+    return list(map(metrics.chosen_letter, texts, counts))
+
+
 def _guessing(metric: Metric, items: Sequence[Item], texts: Sequence[str]) -> dict[str, float]:
     """What a guess would get, and how many answers name no option: they count as wrong and are never guessed."""
     if metric == "hallucination":
         return {}
-    said = _chosen(items, texts) if metric == "choice" else list(map(metrics.chosen_letter, texts))
+    said = _chosen(items, texts) if metric == "choice" else _letters(items, texts)
     chance = sum(1 / max(1, len(item.meta.get("choices", ()))) for item in items) / len(items)
     return {"chance": chance, "unparsed": float(sum(answer is None for answer in said))}
 

@@ -51,7 +51,7 @@ def test_what_was_written_is_read_back(folders: list[Path]) -> None:
     result = read_result("first", folders[0])
     found = {row.source: row for row in result.rows}
     asr = found["librispeech_test_clean"]
-    assert (asr.score.value, asr.scoring, asr.prompt) == (4 / 24, "reference/1", "librispeech_test_clean/1")
+    assert (asr.score.value, asr.scoring, asr.prompt) == (4 / 24, "reference/2", "librispeech_test_clean/1")
     assert asr.published["paper"] == 0.016
     utterances = result.utterances["librispeech_test_clean", "asr", "en"]
     assert [u.item.id for u in worst(utterances, 5)] == ["t0", "t2"]

@@ -38,6 +38,22 @@ def test_chinese_is_scored_per_character():
     assert (score.metric, score.value) == ("cer", 1 / 6)
 
 
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        *(("B", "B"), ("(B) rain", "B"), ("B: rain", "B"), ("**B**", "B"), ("\nB.", "B"), ("B rain", "B")),
+        *(("I think B", "B"), ("The answer is (C).", "C"), ("rain", None), ("I", None), ("B's", None)),
+        *(("B or C", None), ("B is wrong, so C", None), ("B. Not C", "B"), ("E", None), ("", None)),
+    ],
+)
+def test_the_letter_that_an_answer_names(answer, letter):
+    assert metrics.chosen_letter(answer) == letter
+
+
+def test_letters_go_as_far_as_the_options():
+    assert [metrics.chosen_letter("I", count) for count in (4, 9)] == [None, "I"]
+
+
 def test_empty_hypotheses_are_deletions_and_counted():
     score = metrics.error_rate(["a b", "c d"], ["", "c d"], "de")
     assert score.value == 0.5
