@@ -36,6 +36,7 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "training_step": "model inputs num_items_in_batch",
         "_get_grad_norm": "model grad_norm",
         "_save_checkpoint": "model trial",
+        "_maybe_log_save_evaluate": "",
         "_load_from_checkpoint": "resume_from_checkpoint model",
         "_load_rng_state": "checkpoint",
         "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",

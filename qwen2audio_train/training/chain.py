@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,11 +24,13 @@ from qwen2audio_train.training.checkpoints.folder import hold
 from qwen2audio_train.training.stages.argument_table import check_trainer_keys
 from qwen2audio_train.training.stages.arguments import arguments_class
 from qwen2audio_train.training.stages.run import as_yaml
+from qwen2audio_train.training.trainers.stop import STOPPED
 
 LEDGER = "ledger.json"
 
-STOPPING_S = 40.0
-"""Longer than torchrun gives its ranks to end after Ctrl-C."""
+SAVING_S = 300
+"""What torchrun gives its ranks to finish a step and save it after a signal; its own default is 30 seconds."""
+STOPPING_S = SAVING_S + 10.0
 
 
 Compose = Callable[[str, list[str]], Any]
@@ -204,10 +207,12 @@ def run_script(script: Path, overrides: Sequence[str], ranks: int) -> None:
 
     Raises:
         StageFailed: it ended with an error.
+        SystemExit: with the status `stop.STOPPED`, after a signal.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
-    with subprocess.Popen([*command, str(script), *overrides], env=environment) as process:
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    environment = {"OMP_NUM_THREADS": threads, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING_S), **os.environ}
+    with subprocess.Popen([*command, str(script), *overrides], env=environment) as process, passing_on(process) as sent:
         try:
             status = process.wait()
         except KeyboardInterrupt:
@@ -217,5 +222,24 @@ def run_script(script: Path, overrides: Sequence[str], ranks: int) -> None:
             except subprocess.TimeoutExpired:
                 process.terminate()
             raise
+    if status and sent:
+        sys.exit(STOPPED)
     if status:
         raise StageFailed(f"{script.name} ended with status {status}; mend it and start the recipe again")
+
+
+@contextmanager
+def passing_on(process: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """Pass SIGTERM and SIGUSR1 on to torchrun as SIGTERM, which it hands to its ranks; yields those that came."""
+    sent: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        sent.append(number)
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield sent
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

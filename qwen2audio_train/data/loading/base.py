@@ -7,6 +7,7 @@ included, each of `packs_per_forward` packs. Workers make the batches; the main 
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -179,6 +180,7 @@ class BatchLoader(ABC, Generic[MadeT]):
                 num_workers=num_workers,
                 prefetch_factor=ahead if num_workers else None,
                 collate_fn=_unchanged,
+                worker_init_fn=_set_apart,
                 pin_memory=torch.cuda.is_available(),
                 # Of its own: one draw from the global generator, and dropout would differ after a resume.
                 generator=torch.Generator(),
@@ -207,3 +209,8 @@ def are_preferences(tasks: Mapping[str, tuple[str, ...]]) -> bool:
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _set_apart(worker: int) -> None:
+    """Take a worker out of the group of processes that Ctrl-C reaches: the step that it works for is to be finished."""
+    os.setpgrp()

@@ -18,6 +18,7 @@ from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.trainers.packed import PackedTrainer
+from qwen2audio_train.training.trainers.stop import STOPPED
 
 MOST_PLANNED = 5_000_000
 """Examples whose packs are counted before the first step: some 50 seconds of planning."""
@@ -70,6 +71,11 @@ def say_how_it_ended(trainer: PackedTrainer) -> None:
     state, args = trainer.state, trainer.args
     if not args.should_save:
         return
+    if trainer.stopped:
+        print(
+            f"stopped by a signal after step {state.global_step} of {args.max_steps}, which is saved: start it again "
+            f"to go on (exit status {STOPPED})"
+        )
     if trainer.data_ended:
         print(f"the data have ended after step {state.global_step} of {args.max_steps}: the run is finished")
     if args.metric_for_best_model and state.best_global_step not in (None, state.global_step):

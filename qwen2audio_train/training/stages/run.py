@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from qwen2audio_train.training.stages.ends import check_watched, end_of, say_how
 from qwen2audio_train.training.stages.process import process, warnings_only
 from qwen2audio_train.training.stages.resume import check_resume, plain, told_by_rank_0
 from qwen2audio_train.training.trainers.packed import PackedTrainer, RunFiles
+from qwen2audio_train.training.trainers.stop import STOPPED
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "deepspeed", "accelerate")
 
@@ -124,7 +126,11 @@ def save_companions(tokenizer: PreTrainedTokenizerBase, samples: SampleRecipe, b
 
 
 def fit(trainer: PackedTrainer, config: StageConfig) -> None:
-    """Train from the newest complete checkpoint, or from the start, and leave a checkpoint of the last step behind."""
+    """Train from the newest complete checkpoint, or from the start, and leave a checkpoint of the last step behind.
+
+    Raises:
+        SystemExit: with the status `stop.STOPPED`, after a signal has ended the run before its last step.
+    """
     trainer.remove_callback(PrinterCallback)
     check_watched(trainer)
     point = folders.newest(config.resume, Path(config.run_dir))  # verified in `open_run`
@@ -134,9 +140,12 @@ def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     if over:
         return
     warn_of_early_end(trainer)
-    trainer.train(resume_from_checkpoint=str(point) if point else None)
-    trainer.save_final_checkpoint()
+    with trainer.stop.heeded():
+        trainer.train(resume_from_checkpoint=str(point) if point else None)
+        trainer.save_final_checkpoint()
     say_how_it_ended(trainer)
+    if trainer.stopped and trainer.state.global_step < trainer.args.max_steps:
+        sys.exit(STOPPED)
 
 
 def settings(config: StageConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.trainers.stop import StopSignals
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +120,8 @@ def all_finite(model: nn.Module) -> Tensor:
 class GuardedTrainer(Trainer):
     """Mixin before `transformers.Trainer`: bad steps are not taken, weights that are no numbers are not saved.
 
-    A checkpoint drops older ones only when a finite step has followed it (or the run has ended on one).
+    A checkpoint drops older ones only when a finite step has followed it (or the run has ended on one). A signal to any
+    rank (`stop`) ends training on all of them after the same step, which is saved.
     """
 
     loader: Any
@@ -129,6 +131,8 @@ class GuardedTrainer(Trainer):
 
     def __init__(self, *args: Any, max_skipped_steps: int, **kwargs: Any) -> None:
         self.guard = StepGuard(max_skipped_steps)
+        self.stop = StopSignals()
+        self.stopped = False
         super().__init__(*args, **kwargs)
 
     @override
@@ -145,13 +149,23 @@ class GuardedTrainer(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         bad, loss = self.guard.take(norm)
-        is_bad = bool(self.sum_over_ranks(bad) > 0)
+        asked = bad.new_full((1,), self.stop.received is not None)
+        is_bad, self.stopped = (self.sum_over_ranks(torch.cat((bad, asked))) > 0).tolist()
+        if self.stopped:
+            self.control.should_training_stop = self.control.should_save = True
         self.guard.count(is_bad)
         if is_bad:
             self._tr_loss -= loss
             self._skip_step(model)
         self.rotate()
         return norm
+
+    @override
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; a run that was asked to stop saves before it evaluates too, as it may be killed meanwhile."""
+        if self.stopped and self.control.should_evaluate:
+            self._save_checkpoint(self.model, None)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _skip_step(self, model: Any) -> None:
         run_dir, step = Path(str(self.args.output_dir)), self.state.global_step + 1
