@@ -69,9 +69,11 @@ class Record:
 
     def text(self, key: str) -> str:
         """Non-empty text."""
-        value = self.get(key)
+        value = self.values.get(key)
         if not isinstance(value, str) or not value.strip():
             raise self.error(key, "non-empty text")
+        if value.isascii() and value.isprintable():  # by far the most, in a tenth of the time of what follows
+            return value
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -117,8 +119,8 @@ def load_record(text: str | bytes, file: str, line: int) -> Record:
 
     try:
         # a mark of the byte order may begin any line: that of a file, or of one that was put behind another
-        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        values = json.loads(decoded, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        decoded = (text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff")
+        values = _DECODER.decode(decoded)
     except UnicodeDecodeError as problem:
         raise error(f"byte {problem.object[problem.start]:#04x}, which is not UTF-8") from None
     except json.JSONDecodeError as problem:
@@ -169,3 +171,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name}, which is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)

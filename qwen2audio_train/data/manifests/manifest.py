@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,13 @@ def _common(record: Record, keys: tuple[str, ...]) -> dict[str, Any]:
     record.check_keys(COMMON_KEYS + keys)
     if not isinstance(record.get("meta"), (dict, type(None))):
         raise record.error("meta", "an object")
-    source = record.optional_text("source") or os.path.splitext(os.path.basename(record.file))[0]
+    source = record.optional_text("source") or _stem(record.file)
     return {"id": record.text("id"), "source": source, "meta": record.get("meta") or {}}
+
+
+@lru_cache
+def _stem(file: str) -> str:
+    return os.path.splitext(os.path.basename(file))[0]
 
 
 def _task_example(record: Record) -> TaskExample:

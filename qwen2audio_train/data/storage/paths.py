@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from urllib.parse import quote
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -43,11 +44,14 @@ def resolve(path: str, file: str) -> str:
         return path if "://" in path else os.path.normpath(path)
     protocol, separator, rest = file.partition("://")
     if not separator:
-        return os.path.normpath(os.path.join(os.path.dirname(file), path))
+        return os.path.normpath(os.path.join(_folder(file), path))
     if protocol in ("http", "https"):
         rest, path = rest.split("?")[0], quote(path)
     joined = os.path.normpath(os.path.join(os.path.dirname(rest), path))
     return f"{protocol}://{joined}"
+
+
+_folder = lru_cache(os.path.dirname)  # every line of a manifest asks for that of the manifest
 
 
 def relative_names(paths: Sequence[str]) -> list[str]:
