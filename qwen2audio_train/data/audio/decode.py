@@ -36,7 +36,7 @@ from qwen2audio_train.data.audio.files import (
 from qwen2audio_train.data.audio.flac import with_flac_length
 from qwen2audio_train.data.audio.raw import FormatError
 from qwen2audio_train.data.examples import Clip
-from qwen2audio_train.data.storage.blobs import BlobError, Place
+from qwen2audio_train.data.storage.blobs import BlobError, Place, container
 from qwen2audio_train.data.storage.remote import Remote
 from qwen2audio_train.layout import MIN_FRAMES, SAMPLING_RATE, num_frames, num_samples_of
 
@@ -119,13 +119,14 @@ def _read(
     try:
         if data is not None:
             return use(data)
-        return remote.reading(clip.path, limits.max_bytes, use, in_parts=_is_slice(clip))
+        again = clip.duration_s is None  # its length was asked for before, or will be
+        return remote.reading(clip.path, limits.max_bytes, use, in_parts=_is_slice(clip), again=again)
     except AudioError:
         raise
     except DeadlineError as error:
         raise AudioError(clip.path, f"its decoder {error}; leave it out, or write the file again") from error
     except (FormatError, BlobError) as error:
-        raise AudioError(clip.path, str(error)) from error
+        raise AudioError(clip.path, str(error).removeprefix(f"{container(clip.path)}: ")) from error
     except FileNotFoundError as error:
         raise AudioError(clip.path, "no such file") from error
     except OSError as error:
@@ -152,7 +153,7 @@ def _duration(clip: Clip, source: Source, limits: AudioLimits) -> float:
 def _waveform(clip: Clip, source: Source, limits: AudioLimits) -> np.ndarray:
     if not _is_slice(clip) and isinstance(source, Place) and not source.is_whole_file:
         source = source.read(limits.max_bytes)
-    whole = _whole_flac(clip, source if isinstance(source, bytes) else None, limits)
+    whole = _whole_flac(clip, source, limits)
     if whole is not None:
         samples, rate = _mono(whole[0], clip), whole[1]
     else:
@@ -178,14 +179,18 @@ def _stored(clip: Clip, source: Source, limits: AudioLimits) -> tuple[np.ndarray
         return _decoded(file, clip, start, stop, "float64"), file.samplerate, deep
 
 
-def _whole_flac(clip: Clip, data: bytes | None, limits: AudioLimits) -> tuple[np.ndarray, int] | None:
+def _whole_flac(clip: Clip, source: Source, limits: AudioLimits) -> tuple[np.ndarray, int] | None:
     """All samples (n, channels) of a FLAC file and their rate; None where libsndfile is to read it or to refuse it."""
     if _is_slice(clip):
         return None
     try:
-        if data is None and clip.path.lower().endswith(".flac") and os.path.getsize(clip.path) <= limits.max_bytes:
-            data = Path(clip.path).read_bytes()
-        if data is None or not data.startswith(b"fLaC"):
+        if isinstance(source, bytes):
+            data = source
+        elif source.path.lower().endswith(".flac") and os.path.getsize(source.path) <= limits.max_bytes:
+            data = Path(source.path).read_bytes()
+        else:
+            return None
+        if not data.startswith(b"fLaC"):
             return None
         data = with_flac_length(data)
         found = miniaudio.flac_get_info(data)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from urllib.parse import quote
 
+from qwen2audio_train.data.storage.blobs import BlobError
+
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
 
@@ -19,6 +21,7 @@ def expand_paths(patterns: Sequence[str], where: str) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern names nothing.
+        BlobError: a remote folder cannot be listed.
     """
     files: list[str] = []
     for pattern in (plain for given in patterns for plain in _plain(os.path.expanduser(given))):
@@ -80,5 +83,8 @@ def expand_braces(pattern: str) -> list[str]:
 def _remote_glob(pattern: str) -> list[str]:
     import fsspec  # slow to import, and most data is local
 
-    filesystem, path = fsspec.core.url_to_fs(pattern)
-    return [filesystem.unstrip_protocol(item) for item in sorted(filesystem.glob(path))]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+        return [filesystem.unstrip_protocol(item) for item in sorted(filesystem.glob(path))]
+    except (OSError, ValueError, ImportError) as error:
+        raise BlobError(f"{pattern}: its files cannot be listed ({error})") from error

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import math
 import os
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -19,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -31,6 +33,7 @@ CHUNK = 2**20
 FINAL_STATUS = range(400, 500)
 """Answers that asking again does not change, save for those in `TRANSIENT_STATUS`."""
 TRANSIENT_STATUS = (408, 425, 429)
+LOCAL = "file://"
 EVICTIONS = 5
 """Times that a shard is fetched again because other processes have made room where it lay."""
 
@@ -66,12 +69,20 @@ class Remote:
         return self.reading(path, max_bytes, lambda s: s if isinstance(s, bytes) else s.read(max_bytes))
 
     def reading(
-        self, path: str, max_bytes: int, work: Callable[[bytes | Place], Result], in_parts: bool = False
+        self,
+        path: str,
+        max_bytes: int,
+        work: Callable[[bytes | Place], Result],
+        *,
+        in_parts: bool = False,
+        again: bool = False,
     ) -> Result:
         """What `work` makes of a clip's file, wherever it lies: handed over as bytes or as a stretch of a local file.
 
         Args:
-            in_parts: slices of a file are asked for one by one: a remote one is then fetched once, into the cache.
+            in_parts: slices of the file are asked for one by one, whatever its size.
+            again: it will be asked for again, as a length is before the samples. Either way a remote file is fetched
+                once, into the cache.
 
         Raises:
             BlobError: it cannot be had.
@@ -80,35 +91,34 @@ class Remote:
         outer = container(path)
         if "://" not in outer:
             return work(find_inside(path, max_bytes) if is_inside(path) else Place(path))
-        if not is_inside(path) and not in_parts:
+        is_whole = not is_inside(path) and not in_parts
+        is_here = outer.startswith(LOCAL)
+        if is_whole and not is_here and not again and not self._place(path).exists():
             return work(self.read(path, max_bytes))
         for _ in range(EVICTIONS):
-            local = self.shard(outer)
+            local = self.shard(outer, max_bytes if is_whole else None)
             try:
                 return work(find_inside(path, max_bytes, local) if is_inside(path) else Place(local))
             except (BlobError, FileNotFoundError) as error:
-                if not isinstance(error.__cause__ or error, FileNotFoundError):
+                if is_here or not isinstance(error.__cause__ or error, FileNotFoundError):
                     raise
         raise RemoteError(f"was evicted {EVICTIONS} times before it could be read; raise data.cache_max_gib")
 
     def read(self, url: str, max_bytes: int) -> bytes:
         """A whole file into memory. Raises RemoteError."""
-        data = bytearray()
+        data = BytesIO()
+        self._download(url, data, max_bytes)
+        return data.getvalue()
 
-        def receive(chunk: bytes) -> None:
-            data.extend(chunk)
-            if len(data) > max_bytes:
-                raise RemoteError(f"is larger than the limit of {max_bytes} bytes")
-
-        self._retried(url, lambda: self._transfer(url, len(data), receive))
-        return bytes(data)
-
-    def shard(self, url: str) -> str:
-        """Path of the local copy of a file, fetched if it is not there.
+    def shard(self, url: str, max_bytes: int | None = None) -> str:
+        """Path of the local copy of a file, fetched if it is not there; of `file://` the file itself.
 
         Raises:
-            RemoteError: it cannot be had; for the next `timeout_s` without asking again.
+            RemoteError: it cannot be had, or has over `max_bytes`; for the next `timeout_s` without asking again.
         """
+        if url.startswith(LOCAL):
+            plain = url.removeprefix(LOCAL)
+            return plain if os.path.exists(plain) else urllib.parse.unquote(plain)
         place = self._place(url)
         self._refuse_if_failed(str(place))
         if not self._touch(place):
@@ -116,7 +126,7 @@ class Remote:
             with locked(place.with_name(f"{place.name}.lock")):
                 if not self._touch(place):
                     try:
-                        self._fetch(url, place)
+                        self._fetch(url, place, max_bytes)
                     except RemoteError as error:
                         _FAILED[str(place)] = (time.monotonic(), f"{url}: {error}")
                         raise RemoteError(f"{url}: {error}") from error
@@ -131,16 +141,17 @@ class Remote:
         return Path(self.cache_dir) / "shards" / f"{name}-{Path(url.split('?')[0]).name[-80:]}"
 
     def _touch(self, place: Path) -> bool:
+        """Note that a copy is used; its time of change stays, which the keys of other caches hold."""
         try:
-            os.utime(place)
+            os.utime(place, ns=(time.time_ns(), place.stat().st_mtime_ns))
         except FileNotFoundError:
             return False
         return True
 
-    def _fetch(self, url: str, place: Path) -> None:
+    def _fetch(self, url: str, place: Path, max_bytes: int | None) -> None:
         part = place.with_name(f"{place.name}.part")
         with part.open("wb") as file:
-            self._retried(url, lambda: self._transfer(url, file.tell(), file.write))
+            self._download(url, file, max_bytes)
         self._make_room(part.stat().st_size, place.parent)
         os.replace(part, place)
 
@@ -151,7 +162,7 @@ class Remote:
                 with suppress(FileNotFoundError):  # another process makes room as well
                     files.append((path, path.stat()))
         excess = size + sum(status.st_size for _, status in files) - self.max_gib * 2**30
-        for path, status in sorted(files, key=lambda file: file[1].st_mtime):
+        for path, status in sorted(files, key=lambda file: file[1].st_atime):
             if excess <= 0:
                 break
             path.unlink(missing_ok=True)
@@ -162,6 +173,14 @@ class Remote:
         failed_at, reason = _FAILED.get(what, (-math.inf, ""))
         if time.monotonic() - failed_at < self.timeout_s:
             raise RemoteError(reason)
+
+    def _download(self, url: str, file: IO[bytes], max_bytes: int | None) -> None:
+        def receive(chunk: bytes) -> None:
+            if max_bytes is not None and file.tell() + len(chunk) > max_bytes:
+                raise RemoteError(f"is larger than the limit of {max_bytes} bytes")
+            file.write(chunk)
+
+        self._retried(url, lambda: self._transfer(url, file.tell(), receive))
 
     def _retried(self, url: str, attempt: Callable[[], None]) -> None:
         host = "//" + urllib.parse.urlsplit(url).netloc
@@ -175,7 +194,7 @@ class Remote:
                     raise RemoteError(f"cannot be fetched ({error})") from error
                 if number == self.retries:
                     reason = f"cannot be fetched after {number + 1} tries ({error or repr(error)})"
-                    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+                    if _is_of_host(error):
                         _FAILED[host] = (time.monotonic(), reason)
                     raise RemoteError(reason) from error
                 time.sleep(self.backoff_s * 2**number)
@@ -212,9 +231,22 @@ class Remote:
 
 
 def _is_final(error: Exception) -> bool:
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code in FINAL_STATUS and error.code not in TRANSIENT_STATUS
-    return isinstance(error, FileNotFoundError)
+    if (status := _status(error)) is not None:
+        return status in FINAL_STATUS and status not in TRANSIENT_STATUS
+    is_told = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+    return is_told or type(error).__name__ == "OfflineModeIsEnabled"  # of huggingface_hub, which need not be loaded
+
+
+def _is_of_host(error: Exception) -> bool:
+    """Whether nothing of the host can be had, whatever the file."""
+    is_unreached = isinstance(error, urllib.error.URLError | socket.gaierror | ConnectionRefusedError)
+    return is_unreached and _status(error) is None
+
+
+def _status(error: Exception) -> int | None:
+    """The status that a server answered, as urllib or as requests (hf://) have it; None where none did."""
+    status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 @cache

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -17,6 +18,8 @@ import torch
 from qwen2audio_train.data.audio.decode import _whole_flac, clip_duration, load_audio, probe
 from qwen2audio_train.data.audio.files import AudioError, AudioLimits
 from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.storage.blobs import Place
+from qwen2audio_train.data.storage.remote import Remote
 
 Tone = Callable[..., Path]
 
@@ -139,15 +142,23 @@ def test_bytes_and_tar_members(write_tone: Tone, tmp_path: Path) -> None:
         load_audio(clip(f"{tmp_path}/none.tar::a.flac"))
 
 
-def test_urls(write_tone: Tone) -> None:
-    path = write_tone("a.flac")
-    np.testing.assert_array_equal(load_audio(clip(f"file://{path}")), load_audio(clip(path)))
-    with pytest.raises(AudioError, match=r"file:///none/a\.flac: cannot be fetched"):
-        load_audio(clip("file:///none/a.flac"))
-    with pytest.raises(AudioError, match="larger than the limit"):
-        load_audio(clip(f"file://{path}"), limits=AudioLimits(max_bytes=10))
-    with pytest.raises(AudioError, match="cannot be fetched"):
-        load_audio(clip("gopher://x/a.flac"))
+def test_urls(write_tone: Tone, tmp_path: Path) -> None:
+    """Of a local file no copy is made."""
+    path = write_tone("a b.flac")
+    remote, other = Remote(str(tmp_path / "cache")), Remote(str(tmp_path / "other"))
+    for url in (f"file://{path}", f"file://{path}".replace(" ", "%20")):
+        np.testing.assert_array_equal(load_audio(clip(url), remote=remote), load_audio(clip(path)))
+    with pytest.raises(AudioError, match=r"file:///none/a\.flac: no such file"):
+        load_audio(clip("file:///none/a.flac"), remote=remote)
+    assert not (tmp_path / "cache").exists()
+    with fsspec.open("memory://a.flac", "wb") as file:
+        file.write(path.read_bytes())
+    for seconds in (None, 1.0):
+        with pytest.raises(AudioError, match=r"^memory://a\.flac: is larger than the limit of 10 bytes"):
+            load_audio(Clip("memory://a.flac", seconds), limits=AudioLimits(max_bytes=10), remote=other)
+        assert len(load_audio(Clip("memory://a.flac", seconds), remote=remote)) == 16_000
+        with pytest.raises(AudioError, match="cannot be fetched"):
+            load_audio(Clip("gopher://x/a.flac", seconds), remote=remote)
 
 
 def test_bounds_come_before_decoding(tmp_path: Path) -> None:
@@ -260,9 +271,9 @@ def test_whole_flac_files_hold_what_libsndfile_reads_in_them(
     for channel in range(channels):
         for data in (None, path.read_bytes()):
             assert np.array_equal(load_audio(Clip(str(path), None, channel=channel), data), expected[:, channel])
-            assert _whole_flac(Clip(str(path), None), data, AudioLimits()) is not None
+            assert _whole_flac(Clip(str(path), None), data or Place(str(path)), AudioLimits()) is not None
     # A slice is libsndfile's: it can begin in the middle.
-    assert _whole_flac(Clip(str(path), None, 0.0, 1.0), None, AudioLimits()) is None
+    assert _whole_flac(Clip(str(path), None, 0.0, 1.0), Place(str(path)), AudioLimits()) is None
     sliced = load_audio(Clip(str(path), None, 0.0, 1.0, channel=0))
     assert np.array_equal(sliced, expected[:16_000, 0])
 

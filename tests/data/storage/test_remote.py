@@ -14,10 +14,12 @@ import soundfile
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.config.data import SourceConfig
-from qwen2audio_train.data.audio.decode import load_audio
-from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.audio.decode import clip_duration, load_audio
+from qwen2audio_train.data.examples import Clip, clips_of
 from qwen2audio_train.data.loading.build import build_batches
-from qwen2audio_train.data.storage.blobs import TarMember
+from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.storage.blobs import BlobError, TarMember
+from qwen2audio_train.data.storage.paths import expand_paths
 from qwen2audio_train.data.storage.remote import Remote, RemoteError
 from tests.data.corpora import equal, is_filler, small_config, write_corpus
 from tests.data.storage.test_blobs import write_tar
@@ -140,6 +142,38 @@ def test_slices_of_a_remote_file_cost_one_transfer(server: Server, tmp_path: Pat
             load_audio(clip, remote=remote(tmp_path)), wave[round(start * 16_000) :][:1600], str(clip)
         )
     assert len(server.asked) == 1
+
+
+def test_a_remote_file_whose_length_is_asked_for_costs_one_transfer(server: Server, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", np.zeros(32_000), 16_000)
+    server.files["/a.flac"] = (tmp_path / "a.flac").read_bytes()
+    clip = Clip(server.url("/a.flac"), None)
+    assert clip_duration(clip, remote=remote(tmp_path)) == 2
+    assert len(load_audio(clip, remote=remote(tmp_path))) == 32_000
+    assert len(load_audio(Clip(clip.path, 2.0), remote=remote(tmp_path))) == 32_000  # the copy is there
+    assert len(server.asked) == 1
+
+
+def test_a_remote_manifest_is_written_down_once(server: Server, tmp_path: Path) -> None:
+    """Using a copy does not make it another file."""
+    server.files["/a%20b/t.csv"] = b"file_name,text\nc d.wav,hello\n"
+    source = SourceConfig([server.url("/a%20b/t.csv")], columns={"target": "text"}, constants={"task": "asr"})
+    first = find_manifests("s", source, remote(tmp_path))
+    time.sleep(0.02)
+    assert find_manifests("s", source, remote(tmp_path)) == first
+    assert len(server.asked) == 1
+    (example,) = good_examples(first)
+    assert clips_of(example) == (Clip(server.url("/a%20b/c%20d.wav"), None),)
+
+
+def test_what_nobody_will_answer_is_not_asked_again(tmp_path: Path) -> None:
+    """The hub, offline (as all tests are), and a protocol without its plug-in; globs too, and as the user's to mend."""
+    patient = remote(tmp_path, backoff_s=600)
+    with pytest.raises(RemoteError, match="offline mode is enabled"):
+        patient.read("hf://datasets/someone/something/a.wav", 10)
+    for pattern in ("hf://datasets/someone/something/*.jsonl", "nowhere://x/*.jsonl"):
+        with pytest.raises(BlobError, match=r"\*\.jsonl: its files cannot be listed .*(offline|nowhere)"):
+            expand_paths([pattern], "x")
 
 
 def test_a_host_that_is_not_there_is_not_waited_for_by_every_clip(tmp_path: Path) -> None:
