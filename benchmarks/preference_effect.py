@@ -38,7 +38,8 @@ import torch
 from record import save
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message
-from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring import metrics

@@ -37,6 +37,13 @@ class PromptStyle(StrEnum):
     hierarchical_tags = "hierarchical_tags"
 
 
+class Timestamps(StrEnum):
+    """How times are written in answers: as text (`<0.32>`), or as tokens of their own (`<|0.32|>`, up to 30 s)."""
+
+    text = "text"
+    tokens = "tokens"
+
+
 class LossWeighting(StrEnum):
     """What counts the same in the loss: every labelled token, every sample, or every task."""
 
@@ -193,6 +200,7 @@ class DataConfig:
         prompt_style: `natural`: a question in words, drawn from the task's pool; `hierarchical_tags`: the tags of
             Qwen-Audio.
         prompt_seed: of the choice among the prompts of a pool.
+        timestamps: times in answers as `text` (`<0.32>`), or as `tokens` of their own (`<|0.32|>`, up to 30 s).
         loss_weighting: what counts the same in the loss: every labelled `token`, every `sample`, or every `task`.
         labelled_turns: turns of the assistant that are learned: `all` of a conversation, or the `last`.
         long_audio: a clip over 30 s: `reject` puts it on the list of bad examples, `split` gives it several encoder
@@ -227,6 +235,7 @@ class DataConfig:
     max_tokens_per_example: int | None = at_least(1, None)
     prompt_style: PromptStyle = PromptStyle.natural
     prompt_seed: int = at_least(0, 0, MAX_SEED)
+    timestamps: Timestamps = Timestamps.text
     loss_weighting: LossWeighting = LossWeighting.token
     labelled_turns: LabelledTurns = LabelledTurns.all
     long_audio: LongAudio = LongAudio.split
@@ -257,6 +266,7 @@ class SampleRecipe:
 
     prompt_style: PromptStyle = DataConfig.prompt_style
     prompt_seed: int = DataConfig.prompt_seed
+    timestamps: Timestamps = DataConfig.timestamps
     labelled_turns: LabelledTurns = DataConfig.labelled_turns
     long_audio: LongAudio = DataConfig.long_audio
     num_mel_bins: int = NUM_MEL_BINS

@@ -31,8 +31,21 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What is heard from `start_s` to `end_s`, in seconds of the clip: a word, an event, a speaker."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+@dataclass(frozen=True)
 class TaskExample:
-    """One clip and what is to be said about it; `text_language` is the language of the target (default: as heard)."""
+    """A clip and what is to be said about it; `text_language` is the language of the target (default: as heard).
+
+    `others` are the further clips of a task that compares several. An answer with times has `spans`, and `target` is
+    their written form.
+    """
 
     id: str
     clip: Clip
@@ -43,6 +56,8 @@ class TaskExample:
     text_language: str | None = None
     question: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    others: tuple[Clip, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ def task_of(example: Example) -> str:
 def clips_of(example: Example) -> tuple[Clip, ...]:
     """The example's clips in the order in which the model hears them."""
     if isinstance(example, TaskExample):
-        return (example.clip,)
+        return (example.clip, *example.others)
     messages = example.messages if isinstance(example, ChatExample) else example.prompt
     return tuple(part for message in messages for part in message.content if isinstance(part, Clip))
 
@@ -125,8 +140,7 @@ def clips_of(example: Example) -> tuple[Clip, ...]:
 def with_clips(example: Example, clips: Sequence[Clip]) -> Example:
     """The same example with other clips, as many and in the same order."""
     if isinstance(example, TaskExample):
-        (clip,) = clips
-        return replace(example, clip=clip)
+        return replace(example, clip=clips[0], others=tuple(clips[1:]))
     rest = iter(clips)
     messages = tuple(
         replace(message, content=tuple(next(rest) if isinstance(part, Clip) else part for part in message.content))

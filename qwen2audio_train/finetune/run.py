@@ -11,7 +11,8 @@ from typing import Any
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.storage.files import write_whole
 from qwen2audio_train.evaluation.reporting.write import ReportOptions, write_results
 from qwen2audio_train.finetune.corpus import Prepared, prepare

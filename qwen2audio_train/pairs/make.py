@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import Dtype
 from qwen2audio_train.data.examples import PreferenceExample
-from qwen2audio_train.data.manifests.manifest import read_manifest, to_record
+from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.samples.maker import MEASURED_KEYS
 from qwen2audio_train.data.samples.recipe import KEYS, plain
 from qwen2audio_train.evaluation.decoding.generate import Decoding

@@ -14,6 +14,7 @@ from qwen2audio_train.data.examples import (
     PreferenceExample,
     TaskExample,
     UnpairedExample,
+    clips_of,
 )
 from qwen2audio_train.data.tools.chat import written_question
 
@@ -83,7 +84,8 @@ def pair(
 
 def _question(example: Example, prompt_seed: int) -> Question:
     if isinstance(example, TaskExample):
-        prompt: tuple[Message, ...] = (Message("user", (example.clip, written_question(example, prompt_seed))),)
+        asked: tuple[Clip | str, ...] = (*clips_of(example), written_question(example, prompt_seed))
+        prompt: tuple[Message, ...] = (Message("user", asked),)
         reference: str | None = example.target
         task: str | None = example.task
         language = example.text_language or example.language

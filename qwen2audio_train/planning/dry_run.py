@@ -12,7 +12,8 @@ from qwen2audio_train.config.schema import DeepSpeedConfig, StageConfig
 from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.manifests.manifest import parse_manifest
-from qwen2audio_train.data.prompts.render import Text, render
+from qwen2audio_train.data.prompts.render import Text
+from qwen2audio_train.data.samples.recipe import recipe_of, render_as
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.evaluation.scoring.table import aligned
 from qwen2audio_train.layout import num_clip_tokens, num_samples_of
@@ -162,7 +163,7 @@ def manifest_counts(files: list[Path], config: StageConfig) -> Counts:
     characters = {True: 0, False: 0}
     for example in examples:
         try:
-            rendered = render(example, prompt_style=config.data.prompt_style, seed=config.data.prompt_seed)
+            rendered = render_as(recipe_of(config.data, config.model.num_mel_bins), example)
         except ExampleError:
             bad += 1
             continue

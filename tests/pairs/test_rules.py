@@ -12,7 +12,8 @@ import soundfile
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample, TaskExample
-from qwen2audio_train.data.manifests.manifest import parse_line, to_record
+from qwen2audio_train.data.manifests.manifest import parse_line
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.pairs.balance import Balance, balance, text_only_accuracy
 from qwen2audio_train.pairs.make import Made
 from qwen2audio_train.pairs.questions import Question, questions_of

@@ -37,7 +37,9 @@ from qwen2audio_train.data.examples import (
     mark_in,
 )
 from qwen2audio_train.data.manifests.json_object import ManifestError, Record, as_record, load_record
-from qwen2audio_train.data.prompts.pools import missing_fields, task_names
+from qwen2audio_train.data.manifests.spans import spans_of
+from qwen2audio_train.data.prompts.pools import missing_fields, num_clips, task_names
+from qwen2audio_train.data.prompts.timestamps import written
 from qwen2audio_train.data.storage.paths import resolve
 from qwen2audio_train.layout import MIN_DURATION_S
 
@@ -54,7 +56,6 @@ __all__ = [
     "parse_line",
     "parse_record",
     "read_manifest",
-    "to_record",
     "validate_manifest",
 ]
 
@@ -64,7 +65,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]+)*")
 
 COMMON_KEYS = ("id", "source", "meta")
 CLIP_KEYS = ("path", "duration_s", "start_s", "end_s", "channel")
-TASK_KEYS = ("audio", "duration_s", "task", "language", "target", "text_language", "question")
+TASK_KEYS = ("audio", "duration_s", "task", "language", "target", "text_language", "question", "spans")
 CHAT_KEYS = ("messages", "mode")
 PREFERENCE_KEYS = ("prompt", "chosen", "rejected")
 UNPAIRED_KEYS = ("prompt", "completion", "label")
@@ -152,14 +153,22 @@ def _stem(file: str) -> str:
 
 
 def _task_example(record: Record) -> TaskExample:
+    common = _common(record, TASK_KEYS)
+    task = record.choice("task", task_names())
+    clip, *others = _clips(record, num_clips(task))
+    spans = spans_of(record, "spans", clip.duration_s)
+    if spans and record.get("target") is not None:
+        raise record.error("target", "no such key beside spans, which are the answer")
     example = TaskExample(
-        **_common(record, TASK_KEYS),
-        clip=_clip(record, "audio"),
-        task=record.choice("task", task_names()),
+        **common,
+        clip=clip,
+        task=task,
         language=_language(record, "language"),
-        target=_spoken(record, "target"),
+        target=written(spans) if spans else _spoken(record, "target"),
         text_language=_language(record, "text_language"),
         question=None if record.get("question") is None else _spoken(record, "question"),
+        others=tuple(others),
+        spans=spans,
     )
     for key in missing_fields(example.task, example):
         raise record.error(key, f'a value, which every prompt of the task "{example.task}" needs')
@@ -244,6 +253,17 @@ def _part(record: Record) -> Clip | str:
     return _clip(record, key)
 
 
+def _clips(record: Record, number: int) -> list[Clip]:
+    """The recordings of a task example: one, or a list of those that it compares."""
+    values = record.get("audio")
+    if number == 1:
+        return [_clip(record, "audio")]
+    if not isinstance(values, list) or len(values) != number or record.get("duration_s") is not None:
+        expected = f"a list of {number} recordings, each a path or an object with path (and its own duration_s)"
+        raise record.error("audio", expected)
+    return [_clip(Record({"audio": value}, record.file, record.line), "audio") for value in values]
+
+
 def _clip(record: Record, key: str) -> Clip:
     """The clip below `key`; its duration may stand in its own object or beside it."""
     value = record.get(key)
@@ -293,40 +313,3 @@ def _language(record: Record, key: str) -> str | None:
     if value is None or (isinstance(value, str) and LANGUAGE.fullmatch(value)):
         return value
     raise record.error(key, 'a language code such as "en", "zh" or "yue"')
-
-
-def to_record(example: Example, folder: str | Path) -> dict[str, Any]:
-    """The manifest line of an example for a manifest in `folder`, which local paths are written relative to."""
-    if isinstance(example, TaskExample):
-        names = ("task", "language", "text_language", "question", "target")
-        fields = _clip_fields(example.clip, folder) | {name: getattr(example, name) for name in names}
-    elif isinstance(example, ChatExample):
-        fields = {"mode": example.mode, "messages": _message_records(example.messages, folder)}
-    elif isinstance(example, UnpairedExample):
-        prompt = _message_records(example.prompt, folder)
-        fields = {"prompt": prompt, "completion": example.completion, "label": example.label}
-    else:
-        rejected = example.rejected[0] if len(example.rejected) == 1 else list(example.rejected)
-        prompt = _message_records(example.prompt, folder)
-        fields = {"prompt": prompt, "chosen": example.chosen, "rejected": rejected}
-    record = {"id": example.id, "source": example.source, **fields, "meta": dict(example.meta) or None}
-    return {key: value for key, value in record.items() if value is not None}
-
-
-def _message_records(messages: tuple[Message, ...], folder: str | Path) -> list[dict[str, Any]]:
-    def part(item: Clip | str) -> dict[str, Any]:
-        if isinstance(item, str):
-            return {"type": "text", "text": item}
-        return {"type": "audio", **_clip_fields(item, folder)}
-
-    return [{"role": message.role, "content": [part(item) for item in message.content]} for message in messages]
-
-
-def _clip_fields(clip: Clip, folder: str | Path) -> dict[str, Any]:
-    file, separator, member = clip.path.partition(".tar::")
-    path = clip.path if "://" in clip.path else os.path.relpath(file, folder) + separator + member
-    whole = clip.start_s == 0.0 and clip.end_s is None
-    bounds = {"start_s": None if whole else clip.start_s, "end_s": clip.end_s, "channel": clip.channel}
-    given = {key: value for key, value in bounds.items() if value is not None}
-    length = {} if clip.duration_s is None else {"duration_s": clip.duration_s}
-    return {"audio": {"path": path, **given} if given else path, **length}

@@ -37,12 +37,25 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class Pool:
-    """All prompts of one task: what it is about, natural prompts, tags, and fields that every prompt needs."""
+    """All prompts of one task.
+
+    Attributes:
+        about: what the task is, in a few words.
+        prompts: natural ones; evaluation uses the first.
+        tags: `start`, `task` and `instruction` of the hierarchical form.
+        needs: fields that every prompt needs.
+        clips: how many recordings an example has.
+        metric: how its answers are scored, by name.
+        asks_language: the answer is the language, which the tags then do not tell.
+    """
 
     about: str
     prompts: tuple[PromptTemplate, ...]
     tags: Mapping[str, str]
     needs: tuple[str, ...] = ()
+    clips: int = 1
+    metric: str = "accuracy"
+    asks_language: bool = False
 
 
 def task_names() -> tuple[str, ...]:
@@ -57,7 +70,17 @@ def describe_tasks() -> dict[str, str]:
 
 def missing_fields(task: str, example: Any) -> list[str]:
     """Fields that the task cannot do without and that the example lacks."""
-    return [name for name in _pools()[task].needs if getattr(example, name) is None]
+    return [name for name in _pools()[task].needs if not getattr(example, name)]
+
+
+def num_clips(task: str) -> int:
+    """How many recordings an example of the task has: one, or as many as it compares."""
+    return _pools()[task].clips
+
+
+def metric_names() -> dict[str, str]:
+    """The metric of every task, by name."""
+    return {name: pool.metric for name, pool in _pools().items()}
 
 
 def choose_prompt(example: Any, style: PromptStyle, seed: int, fixed: bool = False) -> PromptTemplate:
@@ -92,24 +115,34 @@ def language_name(code: str) -> str:
     return _languages().get(code, code)
 
 
+def language_codes() -> tuple[str, ...]:
+    """Codes of the languages that have a name here."""
+    return tuple(_languages())
+
+
 def tag_tokens(languages: Iterable[str], style: PromptStyle) -> list[str]:
-    """Tags that the prompts of a style may hold, for a tokenizer that is to have them as tokens of their own."""
+    """Tags that the prompts of a style may hold, for a tokenizer that is to have them as tokens of their own.
+
+    Times (`timestamps.timestamp_tokens`) are no tags: they are part of an answer.
+    """
     tags = [f"<|{language}|>" for language in languages]
     if style == PromptStyle.natural:
         return tags
     parts = [value for pool in _pools().values() for value in pool.tags.values()]
-    fixed = ["unknown", "answer", "notimestamps", *parts]
+    fixed = ["en", "unknown", "answer", "notimestamps", "timestamps", *parts]
     return list(dict.fromkeys([*tags, *(f"<|{name}|>" for name in fixed)]))
 
 
 def _tag_template(example: Any) -> PromptTemplate:
     """Qwen-Audio's order: start, audio language, task, text language, timestamps, output instruction."""
-    tags = _pools()[example.task].tags
-    heard = example.language or "unknown"
+    pool = _pools()[example.task]
+    tags = pool.tags
+    heard = "unknown" if pool.asks_language else example.language or "unknown"
     transcribes = tags["task"] == "transcribe"
     written = example.text_language or (heard if transcribes else "en")
     task = "<|question|>{question}<|answer|>" if tags["task"] == "question" else f"<|{tags['task']}|>"
-    prompt = f"<|{tags['start']}|><|{heard}|>{task}<|{written}|><|notimestamps|><|{tags['instruction']}|>"
+    timestamps = "timestamps" if example.spans else "notimestamps"
+    prompt = f"<|{tags['start']}|><|{heard}|>{task}<|{written}|><|{timestamps}|><|{tags['instruction']}|>"
     return PromptTemplate(prompt)
 
 
@@ -130,7 +163,7 @@ def _pools() -> dict[str, Pool]:
             prompts = tuple(
                 PromptTemplate(**item) if isinstance(item, dict) else PromptTemplate(item) for item in entry["prompts"]
             )
-            pools[task] = Pool(entry["about"], prompts, entry["tags"], tuple(entry.get("needs", ())))
+            pools[task] = Pool(**{**entry, "prompts": prompts, "needs": tuple(entry.get("needs", ()))})
     return pools
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from string import Formatter
 
-from qwen2audio_train.config.data import LabelledTurns, PromptStyle
+from qwen2audio_train.config.data import LabelledTurns, PromptStyle, Timestamps
 from qwen2audio_train.data.examples import (
     NO_MARK,
     ChatExample,
@@ -26,10 +26,12 @@ from qwen2audio_train.data.examples import (
     PreferenceExample,
     TaskExample,
     UnpairedExample,
+    clips_of,
     mark_in,
     task_of,
 )
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
+from qwen2audio_train.data.prompts.timestamps import LAST_TOKEN_S, timestamp_token
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.layout import (
     AUDIO_BOS_TOKEN,
@@ -81,6 +83,7 @@ def render(
     prompt_style: PromptStyle = PromptStyle.natural,
     seed: int = 0,
     labelled_turns: LabelledTurns = LabelledTurns.all,
+    timestamps: Timestamps = Timestamps.text,
     for_generation: bool = False,
 ) -> Rendered:
     """Lay out one example.
@@ -89,11 +92,11 @@ def render(
     prefix), a chat without its last assistant message and with the generation prompt, a preference without answers.
 
     Raises:
-        ExampleError: a chat to be learnt from has no assistant message; a text holds a mark, such as `<audio>` or
-            `<|im_end|>`, for what is not there or comes from here. Manifest lines are refused for it where they are
-            read; this is for examples that were never a line.
+        ExampleError: a chat to be learnt from has no assistant message; a time that no token has; a text holds a mark,
+            such as `<audio>` or `<|im_end|>`, for what is not there or comes from here. Manifest lines are refused for
+            it where they are read; this is for examples that were never a line.
     """
-    rendered = _laid_out(example, prompt_style, seed, labelled_turns, for_generation)
+    rendered = _laid_out(example, prompt_style, seed, labelled_turns, timestamps, for_generation)
     for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
         if isinstance(piece, Text) and not piece.is_markup and (mark := mark_in(piece.text)):
             raise ExampleError(f'example "{example.id}": expected {NO_MARK}; found {mark!r} in {piece.text[:60]!r}')
@@ -101,10 +104,16 @@ def render(
 
 
 def _laid_out(
-    example: Example, prompt_style: PromptStyle, seed: int, labelled_turns: LabelledTurns, for_generation: bool
+    example: Example,
+    prompt_style: PromptStyle,
+    seed: int,
+    labelled_turns: LabelledTurns,
+    timestamps: Timestamps,
+    for_generation: bool,
 ) -> Rendered:
     if isinstance(example, TaskExample):
-        trunk = _task_pieces(example, prompt_style, seed, for_generation)
+        answer = () if for_generation else (*_task_answer(example, timestamps), Text(END_OF_TEXT_TOKEN, True, True))
+        trunk = _task_question(example, prompt_style, seed, for_generation) + answer
         transcript = example.target if example.task == "asr" else ""
         return Rendered(example.id, example.source, example.task, trunk, transcript=transcript)
     if isinstance(example, PreferenceExample | UnpairedExample):
@@ -126,14 +135,30 @@ def _answers(example: PreferenceExample | UnpairedExample) -> tuple[str, ...]:
     return (example.chosen, *example.rejected) if isinstance(example, PreferenceExample) else (example.completion,)
 
 
-def _task_pieces(example: TaskExample, style: PromptStyle, seed: int, for_generation: bool) -> tuple[Piece, ...]:
+def _task_question(example: TaskExample, style: PromptStyle, seed: int, for_generation: bool) -> tuple[Piece, ...]:
     template = choose_prompt(example, style, seed, fixed=for_generation)
     fields = prompt_fields(example)
     prompt = _filled(template.prompt, fields, is_label=False)
     prefix = _filled(template.answer_prefix, fields, is_label=not for_generation)
-    clip = (Text(AUDIO_BOS_TOKEN, is_markup=True), example.clip, Text(AUDIO_EOS_TOKEN, is_markup=True))
-    answer = () if for_generation else (Text(example.target, True), Text(END_OF_TEXT_TOKEN, True, True))
-    return clip + prompt + prefix + answer
+    before, after = Text(AUDIO_BOS_TOKEN, is_markup=True), Text(AUDIO_EOS_TOKEN, is_markup=True)
+    clips = tuple(piece for clip in clips_of(example) for piece in (before, clip, after))
+    return clips + prompt + prefix
+
+
+def _task_answer(example: TaskExample, timestamps: Timestamps) -> tuple[Text, ...]:
+    """The target; its times as markup where they are to be tokens."""
+    if not example.spans or timestamps is Timestamps.text:
+        return (Text(example.target, True),)
+    if (latest := max(span.end_s for span in example.spans)) > LAST_TOKEN_S:
+        raise ExampleError(
+            f'example "{example.id}": a span ends at {latest:g} s, and there are tokens for times up to '
+            f"{LAST_TOKEN_S:g} s; cut the clip, or set data.timestamps=text"
+        )
+    pieces = []
+    for span in example.spans:
+        start, end = timestamp_token(span.start_s), timestamp_token(span.end_s)
+        pieces += [Text(start, True, True), Text(span.text, True), Text(end, True, True)]
+    return tuple(pieces)
 
 
 def _filled(template: str, fields: dict[str, str], is_label: bool) -> tuple[Text, ...]:

@@ -29,20 +29,22 @@ MODEL_MAX_LENGTH = 8192
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, extra_special_tokens: Sequence[str] = ()
+    texts: Iterable[str], vocab_size: int, extra_special_tokens: Sequence[str] = (), times: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE in Qwen2's manner, fitted on `texts` alone; the same texts give the same tokenizer.
 
     Args:
-        vocab_size: bound of the vocabulary, special tokens included; at least 256 bytes and the special tokens.
+        vocab_size: bound of the vocabulary, added tokens included; at least 256 bytes and the added tokens.
         extra_special_tokens: such as the language tags of the prompts (`prompts.tag_tokens`).
+        times: tokens that are part of answers (`timestamps.timestamp_tokens`).
     """
     special = list(dict.fromkeys([*SPECIAL_TOKENS, *extra_special_tokens]))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + len(special):
+    num_added = len(special) + len(times)
+    if vocab_size < len(alphabet) + num_added:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} is too small: {len(alphabet)} bytes and {len(special)} special tokens "
-            f"need {len(alphabet) + len(special)}"
+            f"model.vocab_size: {vocab_size} is too small: {len(alphabet)} bytes and {num_added} special tokens "
+            f"need {len(alphabet) + num_added}"
         )
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
@@ -54,18 +56,25 @@ def train_tokenizer(
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special), initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+        vocab_size=vocab_size - num_added, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return as_qwen2_audio(PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False))
+    fitted = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+    return as_qwen2_audio(fitted, times=times)
 
 
-def as_qwen2_audio(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Give a Qwen2 tokenizer what Qwen2-Audio's has: its special tokens (added where missing), ends, and attributes."""
+def as_qwen2_audio(
+    tokenizer: PreTrainedTokenizerFast, tags: Sequence[str] = (), times: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Give a Qwen2 tokenizer what Qwen2-Audio's has: its special tokens (added where missing), ends, and attributes.
+
+    `tags` are added as special tokens, `times` as ordinary ones, which decoding keeps.
+    """
     known = tokenizer.get_vocab()
-    missing = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS if token not in known]
-    tokenizer.add_tokens(missing, special_tokens=True)
+    special = [token for token in dict.fromkeys([*SPECIAL_TOKENS, *tags]) if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in times if token not in known])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         eos_token=IM_END_TOKEN,

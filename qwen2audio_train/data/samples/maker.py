@@ -12,7 +12,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.config.data import DataConfig, LongAudio, SampleRecipe
+from qwen2audio_train.config.data import DataConfig, LongAudio, SampleRecipe, Timestamps
 from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
 from qwen2audio_train.data.audio.length import clip_length
 from qwen2audio_train.data.examples import Clip, Example, TaskExample
@@ -54,6 +54,7 @@ class Maker:
         text = self.tokenizer.backend_tokenizer.to_str()
         tokenizer = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         what = ["prompts"] if self.for_generation else []
+        what += [self.recipe.timestamps.value] if self.recipe.timestamps is not Timestamps.text else []
         return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS), *what])
 
     def measure(self, example: Example, contents: Sequence[bytes | None] | None = None) -> Measured:

@@ -49,6 +49,7 @@ def render_as(recipe: SampleRecipe, example: Example, *, for_generation: bool = 
         prompt_style=recipe.prompt_style,
         seed=recipe.prompt_seed,
         labelled_turns=recipe.labelled_turns,
+        timestamps=recipe.timestamps,
         for_generation=for_generation,
     )
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen2audio_train.config.data import PromptStyle
-from qwen2audio_train.data.examples import ChatExample, Example, Message, TaskExample
+from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, TaskExample, clips_of
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import to_record
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
 from qwen2audio_train.data.storage.files import write_whole
 from qwen2audio_train.data.tools.sources import open_manifests
@@ -63,11 +63,11 @@ def chats_of(examples: Iterable[Example | ManifestError], seed: int = 0) -> Iter
         if example.id in seen:
             raise ExampleError(f'example "{example.id}" is there twice: give each its own id, or write two outputs')
         seen.add(example.id)
-        question, answer = (example.clip, written_question(example, seed)), (example.target,)
+        question: tuple[Clip | str, ...] = (*clips_of(example), written_question(example, seed))
         known = {name: getattr(example, name) for name in ("task", "language", "text_language")}
         yield ChatExample(
             id=example.id,
-            messages=(Message("user", question), Message("assistant", answer)),
+            messages=(Message("user", question), Message("assistant", (example.target,))),
             source=example.source,
             mode="analysis",
             meta={**example.meta, **{name: value for name, value in known.items() if value is not None}},

@@ -25,7 +25,8 @@ from qwen2audio_train.data.manifests.cache import stamp_of
 from qwen2audio_train.data.manifests.columns import as_text, check_columns, columns_of, reach
 from qwen2audio_train.data.manifests.corpus import Corpus, open_corpus
 from qwen2audio_train.data.manifests.json_object import ManifestError
-from qwen2audio_train.data.manifests.manifest import parse_record, to_record
+from qwen2audio_train.data.manifests.manifest import parse_record
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.manifests.tables import Row
 from qwen2audio_train.data.quarantine import count_reasons
 from qwen2audio_train.data.samples.recipe import limits_of, remote_of

@@ -30,7 +30,7 @@ from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.decode import clip_duration, load_as_stored, load_audio
 from qwen2audio_train.data.examples import Clip, Example, clips_of, with_clips
 from qwen2audio_train.data.manifests.corpus import OWN_RECORD
-from qwen2audio_train.data.manifests.manifest import to_record
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.order.index import Index, Measured, open_index, why_empty
 from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen2audio_train.config.bounds import nearest
-from qwen2audio_train.config.data import LabelledTurns, PromptStyle, SampleRecipe
+from qwen2audio_train.config.data import LabelledTurns, PromptStyle, SampleRecipe, Timestamps
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import PAIRED, Clip, Example
@@ -36,6 +36,7 @@ class ShowOptions:
         example: its id, or its number counted from 0.
         prompt_style: `natural` or `hierarchical_tags`, as in the recipe.
         prompt_seed: that of the recipe.
+        timestamps: `text` or `tokens`, as in the recipe.
         labelled_turns: `all` or `last`, as in the recipe.
         for_generation: show the prompt as it is answered, without the answer.
         tokenizer: folder or hub id; with it every token is listed.
@@ -48,6 +49,7 @@ class ShowOptions:
     example: str = "0"
     prompt_style: PromptStyle = PromptStyle.natural
     prompt_seed: int = 0
+    timestamps: Timestamps = Timestamps.text
     labelled_turns: LabelledTurns = LabelledTurns.all
     for_generation: bool = False
     tokenizer: str | None = None
@@ -69,6 +71,7 @@ def show(options: ShowOptions, colour: bool = False) -> str:
         prompt_style=options.prompt_style,
         seed=options.prompt_seed,
         labelled_turns=options.labelled_turns,
+        timestamps=options.timestamps,
         for_generation=options.for_generation,
     )
     waveforms = [load_clip(clip, SampleRecipe()) for clip in rendered.clips]

@@ -18,6 +18,7 @@ from qwen2audio_train.config.data import (
     PromptStyle,
     SampleRecipe,
     SourceConfig,
+    Timestamps,
 )
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Example, clips_of, task_of
@@ -39,7 +40,7 @@ class IndexOptions:
         manifests: each one a source, called as its file is (by its whole path where two files have the same name).
         sources: the same in full, as in a recipe's `data.sources`, for every other form.
         tokenizer: folder or hub id, the one that training uses. `index` needs it; `stats` leaves the text out without.
-        prompt_style, prompt_seed, labelled_turns, long_audio: those of the recipe; an index is bound to them.
+        prompt_style, prompt_seed, timestamps, labelled_turns, long_audio: the recipe's; an index is bound to them.
         num_workers: processes.
         cache_dir: that of the recipe.
         image: PNG file for the histogram of `stats` (needs matplotlib).
@@ -50,6 +51,7 @@ class IndexOptions:
     tokenizer: str | None = None
     prompt_style: PromptStyle = PromptStyle.natural
     prompt_seed: int = 0
+    timestamps: Timestamps = Timestamps.text
     labelled_turns: LabelledTurns = LabelledTurns.all
     long_audio: LongAudio = LongAudio.split
     num_workers: int = processors()
@@ -84,6 +86,7 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
         sources=named,
         prompt_style=options.prompt_style,
         prompt_seed=options.prompt_seed,
+        timestamps=options.timestamps,
         labelled_turns=options.labelled_turns,
         long_audio=options.long_audio,
         cache_dir=options.cache_dir,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from qwen2audio_train.data.prompts.timestamps import decode
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.lazy_samples import load_ahead
@@ -187,7 +188,7 @@ def _decode_batch(
     copies = decoding.num_return_sequences
     uniforms = _uniforms(samples, decoding) if decoding.temperature > 0 else None
     rows = _decode_rows(model, *embed_prompts(model, samples), stop_ids(tokenizer), decoding, uniforms, synced)
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts = decode(tokenizer, rows)
     return [texts[start : start + copies] for start in range(0, len(texts), copies)]
 
 

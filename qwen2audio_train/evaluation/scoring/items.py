@@ -11,11 +11,12 @@ from qwen2audio_train.data.examples import ChatExample, Clip, Example, TaskExamp
 from qwen2audio_train.evaluation.scoring.benchmarks import Metric, benchmarks
 from qwen2audio_train.evaluation.scoring.normalise import normalise, units
 
-TASK_METRICS: dict[str, Metric] = {"asr": "error_rate", "s2tt": "bleu"}
-"""Metric of a task; every other task has short answers and is scored by accuracy."""
+TASK_METRICS: dict[str, Metric] = {"asr": "error_rate", "dasr": "error_rate", "osr": "error_rate", "s2tt": "bleu"}
+"""Metric of a task; every other task has short answers and is scored by accuracy. The pools name the metric that a task
+asks for; a test keeps the two together."""
 
-OPEN_TASKS = frozenset({"aac", "mc"})
-"""Captions: only a judge or several references can score them."""
+OPEN_TASKS = frozenset({"aac", "mc", "srwt", "sd", "sg", "ag", "sed", "sf", "ner"})
+"""Captions, which only a judge or several references can score, and answers of several parts."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwen2audio_train.config.data import DataConfig
+from qwen2audio_train.config.data import DataConfig, PromptStyle, Timestamps
 from qwen2audio_train.config.schema import ConfigError, ModelKind, StageConfig
 from qwen2audio_train.data.examples import Example, TaskExample
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples, streamed_examples
 from qwen2audio_train.data.manifests.corpus import open_corpus
-from qwen2audio_train.data.prompts.pools import tag_tokens
+from qwen2audio_train.data.prompts.pools import language_codes, tag_tokens
 from qwen2audio_train.data.prompts.render import Text, render
+from qwen2audio_train.data.prompts.timestamps import timestamp_tokens
 from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.errors import ExampleError
@@ -31,17 +32,31 @@ SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
 def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the weights that the stage starts from, or of the parts that its model is made of.
 
-    A tiny model's is fitted on the training text of the stage.
+    A tiny model's is fitted on the training text of the stage. That of parts gets the tags of `prompt_style` and the
+    times of `timestamps` that it lacks; finished weights have a vocabulary that stays as it is.
     """
     if (start := start_of(config)) is not None:
-        return load_tokenizer("init_from", base_of(start, check=False))
+        return _with_times(load_tokenizer("init_from", base_of(start, check=False)), config.data)
     if config.model.kind is ModelKind.released:
-        return load_tokenizer("model.path", config.model.path)
+        return _with_times(load_tokenizer("model.path", config.model.path), config.data)
+    times = timestamp_tokens() if config.data.timestamps is Timestamps.tokens else ()
+    style = config.data.prompt_style
     if config.model.kind is ModelKind.assembled:
-        return as_qwen2_audio(load_tokenizer("model.language_model", config.model.language_model))
+        tags = tag_tokens(language_codes(), style) if style is PromptStyle.hierarchical_tags else ()
+        return as_qwen2_audio(load_tokenizer("model.language_model", config.model.language_model), tags, times)
     examples = list(training_examples(config.data))
-    tags = tag_tokens(languages_of(examples), config.data.prompt_style)
-    return train_tokenizer(texts_of(examples, config.data), config.model.vocab_size, tags)
+    tags = tag_tokens(languages_of(examples, written=style is PromptStyle.hierarchical_tags), style)
+    return train_tokenizer(texts_of(examples, config.data), config.model.vocab_size, tags, times)
+
+
+def _with_times(tokenizer: Any, data: DataConfig) -> Any:
+    """The tokenizer, which has to have times where the recipe writes them as tokens."""
+    if data.timestamps is Timestamps.tokens and not set(timestamp_tokens()) <= tokenizer.get_vocab().keys():
+        raise ConfigError(
+            "data.timestamps=tokens: the tokenizer of these weights has no tokens <|0.00|> to <|30.00|>; set "
+            "data.timestamps=text, or begin with model=assembled, whose vocabulary they are added to"
+        )
+    return tokenizer
 
 
 def load_tokenizer(key: str, path: str | None) -> Any:
@@ -55,9 +70,11 @@ def load_tokenizer(key: str, path: str | None) -> Any:
         raise ConfigError(f"{key}={path}: no tokenizer could be loaded from there ({reason})") from error
 
 
-def languages_of(examples: Iterable[Example]) -> list[str]:
-    """Languages that are heard in task examples; each has a tag among the tokens."""
-    return sorted({e.language for e in examples if isinstance(e, TaskExample) and e.language})
+def languages_of(examples: Iterable[Example], written: bool = False) -> list[str]:
+    """Languages that are heard in task examples, and with `written` those of their answers; each has a tag."""
+    tasks = [example for example in examples if isinstance(example, TaskExample)]
+    found = {example.language for example in tasks} | {example.text_language for example in tasks if written}
+    return sorted(language for language in found if language)
 
 
 def training_examples(data: DataConfig) -> Iterator[Example]:

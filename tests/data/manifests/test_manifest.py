@@ -23,9 +23,9 @@ from qwen2audio_train.data.manifests.manifest import (
     clips_of,
     parse_line,
     read_manifest,
-    to_record,
     validate_manifest,
 )
+from qwen2audio_train.data.manifests.record import to_record
 
 TASK = {"id": "a1", "audio": "a1.flac", "duration_s": 3.2, "task": "asr", "language": "en", "target": "hello"}
 PROMPT = [{"role": "user", "content": [{"type": "audio", "audio": "b.wav", "duration_s": 1.5}]}]

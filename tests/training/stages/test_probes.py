@@ -18,7 +18,7 @@ from transformers import TrainerControl, TrainerState
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ConfigError, StageConfig, load_config
 from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, PreferenceExample, UnpairedExample
-from qwen2audio_train.data.manifests.manifest import to_record
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring.likelihood import score_labels
