@@ -1,4 +1,4 @@
-"""Checkpoint folders: written aside, sealed with a manifest of checksums, and only then given their name.
+"""Checkpoint folders: which of them are whole, and which one a run goes on from. How they are written: `writing.py`.
 
 A checkpoint holds `model/` or `adapter/` (safetensors, loadable by plain transformers or peft), `deepspeed/` or
 `optimizer/`, `trainer_state.json`, `data_state.json`, `rng/`, `config.yaml`, `lineage.json` and, last, `MANIFEST.json`.
@@ -10,14 +10,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qwen2audio_train.config.bounds import nearest
@@ -27,7 +25,7 @@ from qwen2audio_train.errors import UserError
 MANIFEST = "MANIFEST.json"
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
-PARTIAL = ".partial"
+DAMAGED = ".damaged"
 USERS = "used_by"
 """Folder of a checkpoint whose files name the runs that build on its weights."""
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -66,91 +64,105 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(partial: Path, target: Path) -> None:
-    """Write the manifest of a finished folder and move the folder to its final name.
-
-    The manifest is written to disk before the rename, so a folder with the final name is complete, whatever happens.
-    """
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(checksum, files))
-    entries = {
-        path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, sums, strict=True)
-    }
-    with (partial / MANIFEST).open("w") as file:
-        json.dump(entries, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-
-
-def verify(folder: Path, *, contents: bool = True) -> None:
-    """Compare a checkpoint with its manifest: names and sizes, and with `contents` the checksums too.
-
-    Raises:
-        CheckpointError: naming the first file that is missing or differs.
-    """
+def fault_of(folder: Path, *, contents: bool = True) -> str | None:
+    """Where a checkpoint first differs from its manifest, in names and sizes, and with `contents` in checksums."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint was not finished; choose an earlier one")
-    entries = read_manifest(manifest)
+        return f"{folder}: no {MANIFEST}, so the checkpoint was not finished"
+    try:
+        entries = read_manifest(manifest)
+    except CheckpointError as error:
+        return str(error)
     for name, (size, _) in entries.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: listed in {MANIFEST} but missing; choose an earlier checkpoint")
-        found = path.stat().st_size
-        if found != size:
-            raise CheckpointError(f"{path}: {found} bytes, {MANIFEST} says {size}; choose an earlier checkpoint")
+            return f"{path}: listed in {MANIFEST} but missing"
+        if (found := path.stat().st_size) != size:
+            return f"{path}: {found} bytes, {MANIFEST} says {size}"
     if contents:
         with ThreadPoolExecutor() as pool:
             sums = pool.map(checksum, [folder / name for name in entries])
             for (name, (_, sha256)), found_sha256 in zip(entries.items(), sums, strict=True):
                 if found_sha256 != sha256:
-                    raise CheckpointError(
-                        f"{folder / name}: differs from {MANIFEST} (damaged or edited); choose an earlier checkpoint"
-                    )
+                    return f"{folder / name}: differs from {MANIFEST} (damaged or edited)"
+    return None
+
+
+def verify(folder: Path, *, contents: bool = True) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or differs.
+    """
+    if fault := fault_of(folder, contents=contents):
+        raise CheckpointError(f"{fault}; choose an earlier checkpoint")
 
 
 def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     """Size and checksum of every file that a manifest lists. Raises CheckpointError when it cannot be read."""
     try:
-        return {name: (entry["size"], entry["sha256"]) for name, entry in json.loads(manifest.read_text()).items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{manifest}: damaged, it is no list of files; choose an earlier checkpoint") from error
+        listed = json.loads(manifest.read_text())
+        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{manifest}: damaged, it is no list of files") from error
+    if outside := [name for name in entries if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise CheckpointError(f"{manifest}: damaged, it lists {outside[0]!r}, which lies outside")
+    return entries
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of a run that are named as checkpoints, whole or not, oldest first."""
+    found = [
+        (int(match[1]), f) for f in run_dir.glob("checkpoint-*") if (match := NAME.fullmatch(f.name)) and f.is_dir()
+    ]
+    return [folder for _, folder in sorted(found)]
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints of a run whose files are all there with their right sizes, oldest first."""
-    found = []
-    for folder in run_dir.glob("checkpoint-*"):
-        match = NAME.fullmatch(folder.name)
-        if match is None or not folder.is_dir():
-            continue
-        try:
-            verify(folder, contents=False)
-        except CheckpointError:
-            continue
-        found.append((int(match[1]), folder))
-    return [folder for _, folder in sorted(found)]
+    return [folder for folder in checkpoints(run_dir) if fault_of(folder, contents=False) is None]
 
 
-def resume_point(resume: str, run_dir: Path) -> Path | None:
+def set_damaged_aside(run_dir: Path) -> list[str]:
+    """Pass over the checkpoints of a run that are not whole, from the newest to the first that is, checksums included.
+
+    One that has all its files, but not with their contents, is renamed to `checkpoint-N.damaged`, so that nothing takes
+    it for whole. Those before it count for what their own checksums say.
+
+    Returns:
+        What was passed over and why, a line each.
+    """
+    notes = []
+    for folder in reversed(checkpoints(run_dir)):
+        if (fault := fault_of(folder)) is None:
+            break
+        notes.append(f"passing over {fault}")
+        if fault_of(folder, contents=False) is None:
+            aside = folder.with_name(folder.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            notes[-1] += f"; it is {aside.name} now"
+    return notes
+
+
+def resume_point(resume: str, run_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `resume` means (`auto`, `never` or a folder), verified; None to start afresh.
+
+    Returns:
+        It, and what `auto` has passed over and why.
 
     Raises:
         CheckpointError: for a folder that is no complete checkpoint, and for a run folder with checkpoints of later
             steps: what this run will save would be mixed up with them.
     """
+    notes = set_damaged_aside(run_dir) if resume == "auto" else []
     complete = complete_checkpoints(run_dir)
     point = None if resume == "never" else Path(resume)
     if resume == "auto":
         point = complete[-1] if complete else None
-    if point is not None and not point.is_dir():
+    elif point is not None and not point.is_dir():
         raise CheckpointError(f"resume={resume}: no such folder; expected auto, never or a checkpoint folder")
-    if point is not None:
+    elif point is not None:
         verify(point)
     start = 0 if point is None else step_of(point)
     if complete and step_of(complete[-1]) > start:
@@ -158,7 +170,7 @@ def resume_point(resume: str, run_dir: Path) -> Path | None:
             f"resume={resume} would go on from step {start}, and {complete[-1]} is of a later step: set resume=auto, "
             "move the later checkpoints away, or choose another run_dir"
         )
-    return point
+    return point, notes
 
 
 def newest(resume: str, run_dir: Path) -> Path | None:
@@ -174,36 +186,6 @@ def newest(resume: str, run_dir: Path) -> Path | None:
 def step_of(folder: Path) -> int:
     """Optimiser steps taken before a checkpoint."""
     return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
-
-
-def save_state(state: Any, path: Path) -> None:
-    """`torch.save`, whose failures to write are RuntimeErrors, with an OSError instead."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError(f"{path.name}: {error}") from error
-
-
-def write_failure(target: Path, error: Exception) -> CheckpointError:
-    """What to say when a checkpoint could not be written; what was written of it is deleted."""
-    shutil.rmtree(target.with_suffix(PARTIAL), ignore_errors=True)
-    free = shutil.disk_usage(target.parent).free / 2**30
-    complete = complete_checkpoints(target.parent)
-    newest = f"{complete[-1]} is complete and will be resumed from" if complete else "there is no earlier checkpoint"
-    return CheckpointError(f"{target}: could not be written ({error}; {free:.1f} GiB are free); {newest}")
-
-
-def rotate(run_dir: Path, keep: int | None, *, spare: int | None = None) -> None:
-    """Delete what interrupted saves left, and the oldest checkpoints beyond `keep`.
-
-    Those that another run builds on stay, and that of step `spare`.
-    """
-    for partial in run_dir.glob(f"checkpoint-*{PARTIAL}"):
-        shutil.rmtree(partial, ignore_errors=True)
-    if keep:
-        for folder in complete_checkpoints(run_dir)[:-keep]:
-            if folder.name != f"checkpoint-{spare}" and not users(folder):
-                shutil.rmtree(folder)
 
 
 def users(checkpoint: Path) -> list[str]:

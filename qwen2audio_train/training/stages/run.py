@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
+from qwen2audio_train import __version__
 from qwen2audio_train.config.data import DataConfig, SampleRecipe
 from qwen2audio_train.config.schema import PARTS, AdapterKind, Stage, StageConfig
 from qwen2audio_train.data.samples.recipe import recipe_of, save_inputs
@@ -62,8 +64,8 @@ def open_run(config: StageConfig) -> None:
 
 
 def _resume_notes(config: StageConfig, world_size: int) -> list[str]:
-    point = folders.resume_point(config.resume, Path(config.run_dir))
-    return [] if point is None else check_resume(config, point, world_size)
+    point, passed_over = folders.resume_point(config.resume, Path(config.run_dir))
+    return passed_over + ([] if point is None else check_resume(config, point, world_size))
 
 
 def as_yaml(config: Any) -> str:
@@ -106,7 +108,8 @@ def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFil
         "start": start,
         "base": before.get("base") if before else (content_of(config) if main else None),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES} | {"qwen2audio-train": __version__},
+        "commit": source_commit() if main else None,
     }
     needed = base_of(start or parts_of(config).get("model.path", ""), check=False)
     if main and needed and (config.adapter.kind is not AdapterKind.none or config.stage is Stage.dpo):
@@ -114,6 +117,17 @@ def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFil
             mark_used(weights, config.run_dir)
     samples = recipe_of(config.data, config.model.num_mel_bins)
     return RunFiles(text, lineage, partial(save_companions, tokenizer, samples, needed))
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with a `+` where files have changed; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        words = [*git, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+        return subprocess.run(words, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def save_companions(tokenizer: PreTrainedTokenizerBase, samples: SampleRecipe, base: str, folder: Path) -> None:

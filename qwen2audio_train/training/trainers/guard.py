@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints import writing
 from qwen2audio_train.training.trainers.stop import StopSignals
 
 logger = logging.get_logger(__name__)
@@ -202,7 +203,7 @@ class GuardedTrainer(Trainer):
         self.guard.unproven = None
         if self.args.should_save:
             best = self.state.best_global_step if self.args.save_strategy == "best" else None
-            folders.rotate(Path(str(self.args.output_dir)), self.args.save_total_limit, spare=best)
+            writing.rotate(Path(str(self.args.output_dir)), self.args.save_total_limit, spare=best)
 
     def sum_over_ranks(self, values: Tensor, device: Any = None) -> Tensor:
         """Sum of a tensor over all ranks."""

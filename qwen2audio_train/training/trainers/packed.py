@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
 from qwen2audio_train.model.ctc import HEAD, HEAD_FILE
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
-from qwen2audio_train.training.checkpoints import optimizer_state
+from qwen2audio_train.training.checkpoints import optimizer_state, writing
 from qwen2audio_train.training.checkpoints.restore import whole_state
 from qwen2audio_train.training.trainers.guard import GuardedTrainer
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
@@ -217,18 +216,29 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         target = run_dir / f"checkpoint-{self.state.global_step}"
         if not self.may_save():
             return
+        self._look_for_room(target)
         try:
-            self._write_checkpoint(target.with_suffix(folders.PARTIAL))
+            self._write_checkpoint(target.with_suffix(writing.PARTIAL))
             if self.args.should_save:
-                folders.seal(target.with_suffix(folders.PARTIAL), target)
+                writing.seal(target.with_suffix(writing.PARTIAL), target)
         except (OSError, SafetensorError) as error:
-            raise folders.write_failure(target, error) from error
+            raise writing.write_failure(target, error) from error
         self.guard.unproven = target
         self._wait()
 
+    def _look_for_room(self, target: Path) -> None:
+        """Delete what interrupted saves left. Raises CheckpointError, on all ranks, where the disk is too full."""
+        short = None
+        if self.args.should_save:
+            writing.drop_partials(target.parent)
+            own = None if self.is_deepspeed_enabled else self.optimizer
+            least = writing.least_size(self.model, own, trained_only=is_peft_model(self.model))
+            short = writing.shortage(target.parent, least)
+        if float(self.sum_over_ranks(torch.tensor([float(short is not None)], dtype=torch.float64))) > 0:
+            raise writing.write_failure(target, short or "rank 0 says why")
+
     def _write_checkpoint(self, partial: Path) -> None:
         if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._wait()
         self._save_weights(partial)
@@ -278,7 +288,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
             folder, rank = partial / optimizer_state.FOLDER, self.args.process_index
             optimizer_state.save_optimizer(self.model, self._whose_state(), folder, rank)
         if self.args.should_save:
-            folders.save_state(self.lr_scheduler.state_dict(), partial / "scheduler.pt")
+            writing.save_state(self.lr_scheduler.state_dict(), partial / "scheduler.pt")
 
     def _save_run_files(self, partial: Path, data_state: dict[str, Any]) -> None:
         self.state.save_to_json(str(partial / TRAINER_STATE_NAME))

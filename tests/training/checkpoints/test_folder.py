@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import resource
 import shutil
 import subprocess
@@ -19,8 +21,9 @@ from safetensors.torch import load_file
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints import writing
 from qwen2audio_train.training.checkpoints.folder import CheckpointError, complete_checkpoints, resume_point, verify
-from qwen2audio_train.training.stages.run import fit, open_run
+from qwen2audio_train.training.stages.run import fit, open_run, source_commit
 from tests.runs import build_trainer, logged, recipe, train
 
 SAVING = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.max_steps=2"]
@@ -75,6 +78,8 @@ def test_its_lineage_says_where_it_comes_from(noise: Path, finished: Path, tmp_p
     assert lineage["config_sha256"] == hashlib.sha256(config.encode()).hexdigest()
     assert (lineage["stage"], lineage["init_from"], lineage["base"]) == ("pretrain", None, None)
     assert lineage["versions"]["torch"] == torch.__version__
+    assert lineage["commit"] == source_commit()
+    assert lineage["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", lineage["commit"])
     train(recipe(noise, tmp_path, *SAVING, f"init_from={finished}"))
     child = json.loads((tmp_path / "checkpoint-2" / "lineage.json").read_text())
     weights = (finished / "checkpoint-2" / "model" / "model.safetensors").read_bytes()
@@ -121,19 +126,42 @@ def test_an_incomplete_checkpoint_is_passed_over(
     name: str, damage: Callable[[Path], Any], says: str, run_dir: Path
 ) -> None:
     damage(run_dir / "checkpoint-2" / name)
-    assert resume_point("auto", run_dir) == run_dir / "checkpoint-1"
+    point, (note,) = resume_point("auto", run_dir)
+    assert point == run_dir / "checkpoint-1"
+    assert re.search(says.removesuffix("; choose"), note)
+    assert note.startswith(f"passing over {run_dir}/checkpoint-2")
     with pytest.raises(CheckpointError, match=says):
         resume_point(str(run_dir / "checkpoint-2"), run_dir)
 
 
-def test_a_changed_byte_is_refused_by_name(run_dir: Path) -> None:
-    """It is not passed over in silence: a disk that changes bytes may have changed the earlier ones too."""
+def test_a_changed_byte_is_found_and_the_checkpoint_set_aside(noise: Path, run_dir: Path) -> None:
+    """By name it is refused; `auto` goes on from the one before, whose own checksums say that it is whole."""
     flip(run_dir / "checkpoint-2" / "optimizer" / "rank_00000.safetensors")
-    for resume in ("auto", str(run_dir / "checkpoint-2")):
-        with pytest.raises(
-            CheckpointError, match=r"checkpoint-2/optimizer/rank_00000\.safetensors: differs from MANIFEST\.json"
-        ):
-            resume_point(resume, run_dir)
+    differs = r"checkpoint-2/optimizer/rank_00000\.safetensors: differs from MANIFEST\.json \(damaged or edited\)"
+    with pytest.raises(CheckpointError, match=f"{differs}; choose an earlier checkpoint"):
+        resume_point(str(run_dir / "checkpoint-2"), run_dir)
+    point, (note,) = resume_point("auto", run_dir)
+    assert point == run_dir / "checkpoint-1"
+    assert re.search(f"^passing over .*{differs}; it is checkpoint-2.damaged now$", note)
+    assert (run_dir / "checkpoint-2.damaged" / "MANIFEST.json").is_file()
+    train(recipe(noise, run_dir, *SAVING))
+    verify(run_dir / "checkpoint-2")
+
+
+def test_where_none_is_whole_the_run_starts_again_and_says_so(run_dir: Path) -> None:
+    for step in (1, 2):
+        flip(run_dir / f"checkpoint-{step}" / "model" / "model.safetensors")
+    point, notes = resume_point("auto", run_dir)
+    assert point is None
+    assert [note.split(": ")[0].split("/")[-3] for note in notes] == ["checkpoint-2", "checkpoint-1"]
+
+
+@pytest.mark.parametrize("name", ["../checkpoint-1/config.yaml", "/etc/hostname"])
+def test_a_manifest_that_lists_what_lies_outside_is_damaged(name: str, run_dir: Path) -> None:
+    manifest = run_dir / "checkpoint-2" / "MANIFEST.json"
+    manifest.write_text(json.dumps({name: {"size": 1, "sha256": "0"}}))
+    with pytest.raises(CheckpointError, match=r"damaged, it lists '.*', which lies outside"):
+        verify(run_dir / "checkpoint-2")
 
 
 def test_what_is_no_checkpoint_is_not_taken_for_one(run_dir: Path, tmp_path: Path) -> None:
@@ -141,7 +169,7 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(run_dir: Path, tmp_path: Pat
     (run_dir / "checkpoint-best").mkdir()
     (run_dir / "checkpoint-7").write_text("a file")
     assert [path.name for path in complete_checkpoints(run_dir)] == ["checkpoint-1", "checkpoint-2"]
-    assert resume_point("auto", tmp_path / "none") is None
+    assert resume_point("auto", tmp_path / "none") == (None, [])
     with pytest.raises(CheckpointError, match="no such folder"):
         resume_point(str(run_dir / "checkpoint-7"), run_dir)
 
@@ -151,10 +179,10 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}.partial"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        folders.seal(folder, tmp_path / f"checkpoint-{step}")
+        writing.seal(folder, tmp_path / f"checkpoint-{step}")
         verify(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11.partial").mkdir()
-    folders.rotate(tmp_path, keep=2)
+    writing.rotate(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
 
 
@@ -171,7 +199,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(
 ) -> None:
     config = recipe(noise, tmp_path, *SAVING)
     trainer = build_trainer(config)
-    home = trainer if point.startswith("_") else folders
+    home = trainer if point.startswith("_") else writing
     whole = getattr(home, point)
 
     def cut(*args: Any, **kwargs: Any) -> Any:
@@ -184,7 +212,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(
         fit(trainer, config)
     monkeypatch.undo()
     newest = 2 if point == "rotate" else 1
-    assert resume_point("auto", tmp_path) == tmp_path / f"checkpoint-{newest}"
+    assert resume_point("auto", tmp_path)[0] == tmp_path / f"checkpoint-{newest}"
     train(config)
     assert [step for (step,) in logged(config, "step")] == [1, 2]
     verify(tmp_path / "checkpoint-2")
@@ -229,6 +257,49 @@ def test_a_full_disk_is_said_and_the_one_before_kept(room: int, noise: Path, tmp
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-1"]
     train(config)
     verify(tmp_path / "checkpoint-2")
+
+
+def test_room_is_looked_for_before_anything_is_written(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the first checkpoint by counting bytes, for the next ones by the size of the one before."""
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free[0]))  # type: ignore[attr-defined]
+    config = recipe(noise, tmp_path, *SAVING)
+    trainer = build_trainer(config)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-1: could not be written \(it takes [0-9.e-]+ GiB; 0 GiB are"
+    ):
+        fit(trainer, config)
+    assert not list(tmp_path.glob("checkpoint*"))
+    counted = writing.least_size(trainer.model, trainer.optimizer, trained_only=False)
+    free[0] = 10**9
+    train(config)
+    (tmp_path / "checkpoint-7.partial").mkdir()
+    tensors = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").rglob("*.safetensors"))
+    assert 0.9 * tensors < counted < tensors  # the rest are the headers of the files
+    free[0] = writing.size_of(tmp_path / "checkpoint-2") - 1
+    with pytest.raises(
+        CheckpointError, match=r"To make room: a lower trainer\.save_total_limit; here lie checkpoint-1 \("
+    ):
+        train(recipe(noise, tmp_path, *SAVING, "trainer.max_steps=3"))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and every folder is synced, then it is renamed, then the folder that holds the name is synced."""
+    done: list[Path] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda n: (done.append(Path(os.readlink(f"/proc/self/fd/{n}"))), fsync(n)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(to), rename(self, to))[1])
+    train(recipe(noise, tmp_path, *SAVING, "trainer.max_steps=1"))
+    partial, target = tmp_path / "checkpoint-1.partial", tmp_path / "checkpoint-1"
+    there = [target, *target.rglob("*")]
+    assert set(done[:-2]) == {partial / path.relative_to(target) for path in there}
+    assert done[-2:] == [target, tmp_path]
+    assert done.index(partial / "MANIFEST.json") == len(files_of(target)) - 1
 
 
 # Run folders ----------------------------------------------------------------------------------------------------------
