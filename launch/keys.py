@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen2audio_train.config.ablation import AblationConfig
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.keys import keys_of
 from qwen2audio_train.config.recipe import RecipeConfig
@@ -25,6 +26,7 @@ SCHEMAS: dict[str, Any] = {
     "pretrain, sft, dpo, grpo, encoder": StageConfig,
     "recipe": RecipeConfig,
     "finetune": FinetuneConfig,
+    "ablate": AblationConfig,
     "evaluate": EvaluateConfig,
     "evaluate compare": CompareOptions,
     "evaluate judge": JudgeOptions,

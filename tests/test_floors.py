@@ -21,6 +21,7 @@ TRAINING = (
     *("training.checkpoints", "training.reference", "training.trainers", "training.stages", "training.chain"),
     "planning",
     "finetune",
+    "ablation",
 )
 MODEL = ("model",)
 

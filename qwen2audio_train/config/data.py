@@ -201,6 +201,7 @@ class DataConfig:
             Qwen-Audio.
         prompt_seed: of the choice among the prompts of a pool.
         timestamps: times in answers as `text` (`<0.32>`), or as `tokens` of their own (`<|0.32|>`, up to 30 s).
+        prompts_per_task: only the first so many prompts of every pool; unset = all.
         loss_weighting: what counts the same in the loss: every labelled `token`, every `sample`, or every `task`.
         labelled_turns: turns of the assistant that are learned: `all` of a conversation, or the `last`.
         long_audio: a clip over 30 s: `reject` puts it on the list of bad examples, `split` gives it several encoder
@@ -236,6 +237,7 @@ class DataConfig:
     prompt_style: PromptStyle = PromptStyle.natural
     prompt_seed: int = at_least(0, 0, MAX_SEED)
     timestamps: Timestamps = Timestamps.text
+    prompts_per_task: int | None = at_least(1, None)
     loss_weighting: LossWeighting = LossWeighting.token
     labelled_turns: LabelledTurns = LabelledTurns.all
     long_audio: LongAudio = LongAudio.split
@@ -267,6 +269,7 @@ class SampleRecipe:
     prompt_style: PromptStyle = DataConfig.prompt_style
     prompt_seed: int = DataConfig.prompt_seed
     timestamps: Timestamps = DataConfig.timestamps
+    prompts_per_task: int | None = DataConfig.prompts_per_task
     labelled_turns: LabelledTurns = DataConfig.labelled_turns
     long_audio: LongAudio = DataConfig.long_audio
     num_mel_bins: int = NUM_MEL_BINS

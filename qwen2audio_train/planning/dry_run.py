@@ -161,9 +161,10 @@ def manifest_counts(files: list[Path], config: StageConfig) -> Counts:
     durations = [clip.duration_s or 0.0 for example in examples for clip in clips_of(example)]
     audio = sum(num_clip_tokens(num_samples_of(duration)) for duration in durations if duration > 0)
     characters = {True: 0, False: 0}
+    samples = recipe_of(config.data, config.model.num_mel_bins)
     for example in examples:
         try:
-            rendered = render_as(recipe_of(config.data, config.model.num_mel_bins), example)
+            rendered = render_as(samples, example)
         except ExampleError:
             bad += 1
             continue

@@ -11,7 +11,18 @@ import pytest
 from qwen2audio_train.cli.compose import given
 from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, composed, script
 
-PAGES = ("data", "recipes", "evaluation", "finetune", "finetune_lora", "grpo", "memory", "multinode", "preference")
+PAGES = (
+    "ablations",
+    "data",
+    "recipes",
+    "evaluation",
+    "finetune",
+    "finetune_lora",
+    "grpo",
+    "memory",
+    "multinode",
+    "preference",
+)
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPT = re.compile(r"launch/(\w+)\.py")
 LINK = re.compile(r"\]\(([^)#:]+)\)")

@@ -83,8 +83,8 @@ def metric_names() -> dict[str, str]:
     return {name: pool.metric for name, pool in _pools().items()}
 
 
-def choose_prompt(example: Any, style: PromptStyle, seed: int, fixed: bool = False) -> PromptTemplate:
-    """The template for a TaskExample: a pure function of (seed, id), or with `fixed` the first that fits.
+def choose_prompt(example: Any, style: PromptStyle, seed: int, most: int | None = None) -> PromptTemplate:
+    """The template for a TaskExample: a pure function of (seed, id), out of the first `most` that fit, or of all.
 
     A template fits when the example has every field that it names. `text_language` defaults to `language` for ASR-like
     tasks and to English otherwise, so it is always there unless the task needs it said.
@@ -93,8 +93,7 @@ def choose_prompt(example: Any, style: PromptStyle, seed: int, fixed: bool = Fal
         return _tag_template(example)
     available = prompt_fields(example)
     fitting = [template for template in _pools()[example.task].prompts if template.fields <= available.keys()]
-    if fixed:
-        return fitting[0]
+    fitting = fitting[:most]
     digest = hashlib.blake2b(f"{seed}/{example.id}".encode(), digest_size=8).digest()
     return fitting[int.from_bytes(digest, "big") % len(fitting)]
 

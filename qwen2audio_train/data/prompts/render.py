@@ -82,6 +82,7 @@ def render(
     *,
     prompt_style: PromptStyle = PromptStyle.natural,
     seed: int = 0,
+    prompts_per_task: int | None = None,
     labelled_turns: LabelledTurns = LabelledTurns.all,
     timestamps: Timestamps = Timestamps.text,
     for_generation: bool = False,
@@ -96,7 +97,8 @@ def render(
             such as `<audio>` or `<|im_end|>`, for what is not there or comes from here. Manifest lines are refused for
             it where they are read; this is for examples that were never a line.
     """
-    rendered = _laid_out(example, prompt_style, seed, labelled_turns, timestamps, for_generation)
+    most = 1 if for_generation else prompts_per_task
+    rendered = _laid_out(example, prompt_style, seed, most, labelled_turns, timestamps, for_generation)
     for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
         if isinstance(piece, Text) and not piece.is_markup and (mark := mark_in(piece.text)):
             raise ExampleError(f'example "{example.id}": expected {NO_MARK}; found {mark!r} in {piece.text[:60]!r}')
@@ -107,13 +109,14 @@ def _laid_out(
     example: Example,
     prompt_style: PromptStyle,
     seed: int,
+    most: int | None,
     labelled_turns: LabelledTurns,
     timestamps: Timestamps,
     for_generation: bool,
 ) -> Rendered:
     if isinstance(example, TaskExample):
         answer = () if for_generation else (*_task_answer(example, timestamps), Text(END_OF_TEXT_TOKEN, True, True))
-        trunk = _task_question(example, prompt_style, seed, for_generation) + answer
+        trunk = _task_question(example, prompt_style, seed, most, for_generation) + answer
         transcript = example.target if example.task == "asr" else ""
         return Rendered(example.id, example.source, example.task, trunk, transcript=transcript)
     if isinstance(example, PreferenceExample | UnpairedExample):
@@ -135,8 +138,10 @@ def _answers(example: PreferenceExample | UnpairedExample) -> tuple[str, ...]:
     return (example.chosen, *example.rejected) if isinstance(example, PreferenceExample) else (example.completion,)
 
 
-def _task_question(example: TaskExample, style: PromptStyle, seed: int, for_generation: bool) -> tuple[Piece, ...]:
-    template = choose_prompt(example, style, seed, fixed=for_generation)
+def _task_question(
+    example: TaskExample, style: PromptStyle, seed: int, most: int | None, for_generation: bool
+) -> tuple[Piece, ...]:
+    template = choose_prompt(example, style, seed, most)
     fields = prompt_fields(example)
     prompt = _filled(template.prompt, fields, is_label=False)
     prefix = _filled(template.answer_prefix, fields, is_label=not for_generation)

@@ -48,6 +48,7 @@ def render_as(recipe: SampleRecipe, example: Example, *, for_generation: bool = 
         example,
         prompt_style=recipe.prompt_style,
         seed=recipe.prompt_seed,
+        prompts_per_task=recipe.prompts_per_task,
         labelled_turns=recipe.labelled_turns,
         timestamps=recipe.timestamps,
         for_generation=for_generation,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.evaluation.reporting.results import TEXTS, read_texts
+from qwen2audio_train.evaluation.scoring.benchmarks import Metric
 from qwen2audio_train.evaluation.scoring.bootstrap import Difference, paired_difference
 from qwen2audio_train.evaluation.scoring.items import Item
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER
 from qwen2audio_train.evaluation.scoring.score import STAMPS, counts_of, grouped
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned
+
+Texts = Mapping[tuple[str, str], tuple[Item, str]]
+"""Items and decoded texts of an evaluation by source and id."""
 
 
 @dataclass
@@ -67,27 +72,54 @@ def compare(first: str | Path, second: str | Path, *, bootstrap_samples: int = 1
     Raises:
         ConfigError: a folder holds no evaluation, the two have no example in common, or an example's reference differs.
     """
-    before, after = _texts(Path(first)), _texts(Path(second))
-    common = [name for name in after if name in before]
+    return compare_all([(first, second)], bootstrap_samples=bootstrap_samples, seed=seed)
+
+
+def compare_all(
+    pairs: Sequence[tuple[str | Path, str | Path]], *, bootstrap_samples: int = 1000, seed: int = 0
+) -> Compared:
+    """`compare` of several pairs as one, such as a change under several seeds.
+
+    The counts of an utterance are summed over the pairs before utterances are resampled, so that an utterance is one
+    observation however many runs decoded it. The interval is of the held-out set; it says nothing of other seeds.
+    """
+    sides = [(_texts(Path(first)), _texts(Path(second))) for first, second in pairs]
+    before, after = sides[0]
+    common = [name for name in after if all(name in side for both in sides for side in both)]
     if not common:
-        raise ConfigError(f"{first} and {second}: no example in common, so there is nothing to compare")
-    for name in common:
-        if before[name][0].reference != after[name][0].reference:
-            raise ConfigError(
-                f"{first} and {second}: example {name[1]!r} of {name[0]} has another reference in each "
-                f"({before[name][0].reference!r}, {after[name][0].reference!r}): they are not of the same held-out set"
-            )
+        named = " and ".join(str(folder) for both in pairs for folder in both)
+        raise ConfigError(f"{named}: no example in common, so there is nothing to compare")
+    for folder, side in (
+        (folder, side) for both in zip(pairs, sides, strict=True) for folder, side in zip(*both, strict=True)
+    ):
+        for name in common:
+            if side[name][0].reference != after[name][0].reference:
+                texts = f"{side[name][0].reference!r}, {after[name][0].reference!r}"
+                raise ConfigError(
+                    f"{folder} and {pairs[0][1]}: example {name[1]!r} of {name[0]} has another reference in each "
+                    f"({texts}): they are not of the same held-out set"
+                )
     found, skipped = [], []
     for (source, task, language, metric), group in grouped([after[name] for name in common]).items():
-        items, texts = [item for item, _ in group], [text for _, text in group]
-        earlier = [before[source, item.id][1] for item in items]
-        runs = counts_of(metric, items, earlier), counts_of(metric, items, texts)
+        items = [item for item, _ in group]
+        runs = [summed_counts(metric, items, [both[place] for both in sides]) for place in (0, 1)]
         if runs[0] is None or runs[1] is None:
             skipped.append(f"{source} ({metric})")
             continue
         change = paired_difference(runs[0], runs[1], samples=bootstrap_samples, seed=seed)
         found.append(Comparison(source, task, language, _name(metric, language), len(items), change, STAMPS[metric]))
     return Compared(tuple(found), len(before) - len(common), len(after) - len(common), tuple(skipped))
+
+
+def summed_counts(metric: Metric, items: Sequence[Item], sides: Sequence[Texts]) -> tuple[list[int], list[int]] | None:
+    """Numerators and denominators of every item, summed over what several evaluations decoded; None where the metric
+    has none."""
+    counts = [counts_of(metric, items, [side[item.source, item.id][1] for item in items]) for side in sides]
+    known = [pair for pair in counts if pair is not None]
+    if len(known) < len(counts):
+        return None
+    tops, bottoms = ([sum(values) for values in zip(*column, strict=True)] for column in zip(*known, strict=True))
+    return tops, bottoms
 
 
 def comparison_table(compared: Compared) -> str:
@@ -113,7 +145,7 @@ def _name(metric: str, language: str | None) -> str:
     return "hallucination" if metric == "hallucination" else "accuracy"
 
 
-def _texts(folder: Path) -> dict[tuple[str, str], tuple[Item, str]]:
+def _texts(folder: Path) -> Texts:
     """Items and texts of an evaluation by source and id."""
     path = folder / TEXTS
     if not path.is_file():

@@ -70,6 +70,13 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
+def standalone_svg(chart: str, title: str) -> str:
+    """A chart of this page as a file of its own, for a README: the style inside, on the card's background."""
+    head, _, body = chart.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).partition(">")
+    named = f"<title>{escape(title)}</title><style>{STYLE} svg {{ background: var(--card); }}</style>"
+    return f"{head}>{named}{body}\n"
+
+
 def section(title: str, text: str, content: str) -> str:
     """A heading, a line that says how to read what follows, and that."""
     return f"<section>\n<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n{content}\n</section>"

@@ -15,11 +15,12 @@ from qwen2audio_train.data.examples import Example, TaskExample
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples, streamed_examples
 from qwen2audio_train.data.manifests.corpus import open_corpus
 from qwen2audio_train.data.prompts.pools import language_codes, tag_tokens
-from qwen2audio_train.data.prompts.render import Text, render
+from qwen2audio_train.data.prompts.render import Text
 from qwen2audio_train.data.prompts.timestamps import timestamp_tokens
 from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
-from qwen2audio_train.data.samples.recipe import remote_of
+from qwen2audio_train.data.samples.recipe import recipe_of, remote_of, render_as
 from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.layout import NUM_MEL_BINS
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import base_of, start_of
 
@@ -89,9 +90,10 @@ def training_examples(data: DataConfig) -> Iterator[Example]:
 
 def texts_of(examples: Iterable[Example], data: DataConfig) -> Iterator[str]:
     """What is written and asked in the examples, without the special tokens."""
+    samples = recipe_of(data, NUM_MEL_BINS)
     for example in examples:
         try:
-            rendered = render(example, prompt_style=data.prompt_style, seed=data.prompt_seed)
+            rendered = render_as(samples, example)
         except ExampleError:  # the loader's to count, too
             continue
         for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):

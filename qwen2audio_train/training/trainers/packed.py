@@ -194,6 +194,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         if "loss" in logs:
             logs = {name: value for name, value in self.guard.correct(logs).items() if math.isfinite(value)}
             elapsed = max(time.perf_counter() - self.meter.started, 1e-9)
+            logs["tokens"] = int(self.meter.counts.tokens)  # since the last line
             logs["tokens_per_s"] = round(self.meter.counts.tokens / elapsed, 1)
             logs["audio_s_per_s"] = round(self.meter.counts.audio_s / elapsed, 2)
             logs["data_wait_share"] = round(self.meter.waited_s / elapsed, 4)

@@ -191,6 +191,16 @@ def test_hierarchical_tags(example: TaskExample, tags: str) -> None:
     assert labelled(rendered) == f"{example.target}<|endoftext|>"
 
 
+def test_a_pool_can_be_cut_to_its_first_prompts() -> None:
+    def prompts(most: int | None) -> set[str]:
+        return {rendered_text(render(ASR, seed=seed, prompts_per_task=most)) for seed in range(60)}
+
+    assert (len(prompts(1)), len(prompts(2))) == (1, 2)
+    assert prompts(1) < prompts(2) < prompts(None)
+    (alone,) = prompts(1)
+    assert alone.startswith(rendered_text(render(ASR, for_generation=True)))
+
+
 def test_prompts_are_a_function_of_seed_and_id() -> None:
     def chosen(seed: int) -> list[str]:
         examples = [TaskExample(f"id{i}", CLIP, "asr", "en", "x", "s") for i in range(400)]

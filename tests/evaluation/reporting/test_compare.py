@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.evaluation.reporting.compare import compare, comparison_table
+from qwen2audio_train.evaluation.reporting.compare import compare, compare_all, comparison_table
 
 
 def write(folder, records):
@@ -64,3 +64,17 @@ def test_multiple_choice_is_compared_by_the_rule_that_scores_it(tmp_path):
 
     (found,) = compare(run(tmp_path / "1", "rain"), run(tmp_path / "2", "It is a dog.")).comparisons
     assert found.difference.value == 1.0
+
+
+def test_the_counts_of_several_runs_are_summed_per_utterance(tmp_path):
+    """Two seeds: one loses a word of three in every utterance, the other none; n stays the number of utterances."""
+    common = [(f"a{i}", "asr_en", "asr", "en", "the cat sat") for i in range(10)]
+    right, wrong = ([(*r, text) for r in common] for text in ("the cat sat", "the cat"))
+    folders = [write(tmp_path / str(i), texts) for i, texts in enumerate([right, wrong, right, right])]
+    pairs = [(folders[0], folders[1]), (folders[2], folders[3])]
+    (found,) = compare_all(pairs).comparisons
+    assert found.n == 10
+    assert found.difference.value == found.difference.low == found.difference.high == pytest.approx(1 / 6)
+    other = write(tmp_path / "other", [("a0", "asr_en", "asr", "en", "the dog", "the cat")])
+    with pytest.raises(ConfigError, match="another reference"):
+        compare_all([pairs[0], (folders[2], other)])
