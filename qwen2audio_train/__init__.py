@@ -15,3 +15,8 @@ __version__ = "0.2.0"
 # No telemetry, and no threads in a tokenizer whose process is going to be forked into the workers of a loader.
 for _name, _value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(_name, _value)
+
+# Every pack has lengths of its own, which fragments a GPU's memory unless its segments may grow. CUDA's allocator alone
+# reads this, by either name.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -170,7 +170,7 @@ def test_deepspeed_gets_what_the_recipe_leaves_open(tmp_path: Path) -> None:
 
 def choice(**changes: str) -> dict[str, str]:
     plain = {"zero": "none", "adapter": "none", "offload": "none", "compile": "false"}
-    return plain | {"weights": "float32", "optimizer": "adamw_torch"} | changes
+    return plain | {"weights": "float32", "bf16": "false", "optimizer": "adamw_torch"} | changes
 
 
 def test_every_row_of_the_table_is_allowed() -> None:
@@ -196,8 +196,16 @@ def test_every_row_of_the_table_is_allowed() -> None:
             "trainer.optim one of adafactor, adamw_bnb_8bit, adamw_torch, adamw_torch_fused, paged_adamw_8bit, sgd",
         ),
         (
+            {"zero": "0", "bf16": "true"},
+            "deepspeed.stage one of 1, 2, 3, none; or trainer.bf16=false",
+        ),
+        (
+            {"zero": "2", "weights": "bfloat16"},
+            "model.dtype=float32; or trainer.bf16=true",
+        ),
+        (
             {"weights": "bfloat16"},
-            "deepspeed.stage one of 0, 1, 2, 3; or adapter.kind one of lora, qlora; or model.dtype=float32; "
+            "adapter.kind one of lora, qlora; or model.dtype=float32; "
             "or trainer.optim one of adamw_bf16_kahan, adamw_bf16_stochastic",
         ),
         (
@@ -234,10 +242,15 @@ def test_a_compiled_block_takes_no_policy_of_what_it_keeps(tmp_path: Path) -> No
         training_arguments(recipe(tmp_path, tmp_path, *selective, "model.compile=true"))
 
 
-def test_bfloat16_under_deepspeed_needs_its_float32_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match=r"model\.dtype=bfloat16 under DeepSpeed: set trainer\.bf16=true"):
-        training_arguments(recipe(tmp_path, tmp_path, "model.dtype=bfloat16", "deepspeed.stage=2"))
+def test_gradients_of_many_forwards_are_summed_in_float32_unless_said_otherwise(tmp_path: Path) -> None:
+    def types(forwards: int, *overrides: str) -> Any:
+        packs = f"data.packs_per_step={forwards}"
+        return deepspeed_config(recipe(tmp_path, tmp_path, "deepspeed.stage=2", packs, *overrides))["data_types"]
+
+    assert types(15, "trainer.bf16=true") == types(16) == {}
+    assert types(16, "trainer.bf16=true") == {"grad_accum_dtype": "fp32"}
+    given = "deepspeed.extra.data_types.grad_accum_dtype=bf16"
+    assert types(16, "trainer.bf16=true", given) == {"grad_accum_dtype": "bf16"}
 
 
 def test_the_page_shows_the_table() -> None:

@@ -28,6 +28,7 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
     Trainer: {
         "create_optimizer": "model",
         "get_train_dataloader": "",
+        "_prepare_input": "data",
         "get_batch_samples": "epoch_iterator num_batches device",
         "floating_point_ops": "inputs",
         "log": "logs start_time",

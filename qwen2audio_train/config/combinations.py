@@ -1,4 +1,4 @@
-"""The one table of what may be combined: ZeRO stage x adapter x offload x compile x type of the weights x optimizer.
+"""The one table of what may be combined: ZeRO stage x adapter x offload x compile x weights x bf16 x optimizer.
 
 The schema refuses what no row allows and names the nearest choice that is allowed; `docs/combinations.md` prints it.
 """
@@ -12,6 +12,10 @@ ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 ADAMW_8BIT = frozenset({"adamw_bnb_8bit", "paged_adamw_8bit"})
 ADAMW_BF16 = frozenset({"adamw_bf16_kahan", "adamw_bf16_stochastic"})
 """Ours, for weights that are stored in bfloat16 and have no float32 copy: see `training/trainers/optimizers.py`."""
+ADAMW_OFFLOADED = frozenset({"deepspeed_cpu_adam"})
+"""DeepSpeed's AdamW for states on the host: several times as fast there as torch's, compiled at its first use."""
+OWN_OPTIMIZERS = ADAMW_BF16 | ADAMW_OFFLOADED
+"""Names that Trainer does not know."""
 OTHERS = frozenset({"sgd", "adafactor"})
 ANY = ADAMW | OTHERS
 
@@ -25,52 +29,55 @@ class Combination:
     offload: frozenset[str]
     compile: frozenset[str]
     weights: frozenset[str]
+    bf16: frozenset[str]
     optimizer: frozenset[str]
     note: str
 
 
-def _row(
-    zero: str, adapter: str, offload: str, compile: str, weights: str, optimizer: frozenset[str], note: str
-) -> Combination:
-    sets = [frozenset(column.split()) for column in (zero, adapter, offload, compile, weights)]
-    return Combination(sets[0], sets[1], sets[2], sets[3], sets[4], optimizer, note)
+def _row(columns: str, optimizer: frozenset[str], note: str) -> Combination:
+    """A row from its columns but for the last two, divided by `|`."""
+    zero, adapter, offload, compiled, weights, bf16 = (frozenset(column.split()) for column in columns.split("|"))
+    return Combination(zero, adapter, offload, compiled, weights, bf16, optimizer, note)
 
 
-ALL, BOTH = "0 1 2 3", "float32 bfloat16"
+GPU = "needs bitsandbytes and a GPU; untested"
+OFFLOAD = ADAMW_OFFLOADED | {"adamw_torch"}
 
 COMBINATIONS = (
-    _row("none 0 1 2 3", "none lora", "none", "false", "float32", ANY, "tested on CPU with two ranks"),
+    _row("none 1 2 3 | none lora | none | false | float32 | false true", ANY, "tested on CPU with two ranks"),
+    _row("none 1 2 | none lora | none | true | float32 | false true", ANY, "ZeRO-3 gathers inside compiled blocks"),
     _row(
-        "none 0 1 2",
-        "none lora",
-        "none",
-        "true",
-        "float32",
+        "0 | none lora | none | false true | float32 | false",
         ANY,
-        "ZeRO-3 gathers inside compiled blocks: not allowed",
+        "in bfloat16 DeepSpeed makes an empty step first, and AdamW corrects its bias for one too many",
     ),
-    _row(ALL, "none lora", "none", "false", "bfloat16", ANY, "DeepSpeed keeps float32 copies of what is trained"),
-    _row("0 1 2", "none lora", "none", "true", "bfloat16", ANY, "the same, compiled; untested"),
-    _row("none", "lora", "none", "false true", "bfloat16", ANY, "the adapter is trained in float32"),
     _row(
-        "none",
-        "none",
-        "none",
-        "false true",
-        "bfloat16",
+        "1 2 3 | none lora | none | false | bfloat16 | true", ANY, "DeepSpeed keeps float32 copies of trained weights"
+    ),
+    _row("1 2 | none lora | none | true | bfloat16 | true", ANY, "the same, compiled; untested"),
+    _row("none | lora | none | false true | bfloat16 | false true", ANY, "the adapter is trained in float32"),
+    _row(
+        "none | none | none | false true | bfloat16 | false true",
         ADAMW_BF16,
         "no float32 copy, nothing rounded away; any other optimizer would stall",
     ),
-    _row("none", "none", "none", "false", "float32", ADAMW_8BIT, "needs bitsandbytes; its step was tried on a CPU"),
-    _row("none", "lora qlora", "none", "false", BOTH, ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
-    _row("0 1 2", "none lora qlora", "none", "false", BOTH, ADAMW_8BIT, "needs bitsandbytes and a GPU; untested"),
-    _row("none 0 1 2", "qlora", "none", "false", BOTH, ADAMW, "needs bitsandbytes and a GPU; untested"),
-    _row("1 2 3", "none", "optimizer", "false", "float32", frozenset({"adamw_torch"}), "tested on CPU with two ranks"),
     _row(
-        "3", "none", "parameters both", "false", "float32", frozenset({"adamw_torch"}), "tested on CPU with two ranks"
+        "none | none | none | false | float32 | false true",
+        ADAMW_8BIT,
+        "needs bitsandbytes; its step was tried on a CPU",
     ),
-    _row("1 2 3", "none lora", "optimizer", "false", BOTH, frozenset({"adamw_torch"}), "of these, some were tried"),
-    _row("3", "none lora", "parameters both", "false", BOTH, frozenset({"adamw_torch"}), "of these, some were tried"),
+    _row("none | lora qlora | none | false | float32 bfloat16 | false true", ADAMW_8BIT, GPU),
+    _row("0 1 2 | none lora qlora | none | false | float32 | false", ADAMW_8BIT, GPU),
+    _row("1 2 | none lora qlora | none | false | float32 bfloat16 | true", ADAMW_8BIT, GPU),
+    _row("none | qlora | none | false | float32 bfloat16 | false true", ADAMW, GPU),
+    _row("0 1 2 | qlora | none | false | float32 | false", ADAMW, GPU),
+    _row("1 2 | qlora | none | false | float32 bfloat16 | true", ADAMW, GPU),
+    _row("1 2 3 | none | optimizer | false | float32 | false", OFFLOAD, "tested on CPU with two ranks"),
+    _row("3 | none | parameters both | false | float32 | false", OFFLOAD, "tested on CPU with two ranks"),
+    _row("1 2 3 | lora | optimizer | false | float32 | false", OFFLOAD, "of these, some were tried"),
+    _row("3 | lora | parameters both | false | float32 | false", OFFLOAD, "of these, some were tried"),
+    _row("1 2 3 | none lora | optimizer | false | float32 bfloat16 | true", OFFLOAD, "of these, some were tried"),
+    _row("3 | none lora | parameters both | false | float32 bfloat16 | true", OFFLOAD, "of these, some were tried"),
 )
 
 KEYS = {
@@ -79,6 +86,7 @@ KEYS = {
     "offload": "deepspeed.offload_optimizer / deepspeed.offload_parameters",
     "compile": "model.compile",
     "weights": "model.dtype",
+    "bf16": "trainer.bf16",
     "optimizer": "trainer.optim",
 }
 
@@ -113,7 +121,7 @@ def _one_of(column: str, values: list[str]) -> str:
 
 def table() -> str:
     """The table in Markdown, as the documentation shows it."""
-    head = ["ZeRO", "adapter", "offload", "compile", "weights", "optimizer", "note"]
+    head = ["ZeRO", "adapter", "offload", "compile", "weights", "bf16", "optimizer", "note"]
     rows = [head, ["---"] * len(head)]
     for row in COMBINATIONS:
         sets = [getattr(row, name) for name in KEYS]

@@ -345,5 +345,6 @@ def _choice(config: StageConfig) -> dict[str, str]:
         "offload": offload[config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters],
         "compile": str(config.model.compile).lower(),
         "weights": config.model.dtype.value,
+        "bf16": str(bool(config.trainer.get("bf16", False))).lower(),
         "optimizer": str(config.trainer.get("optim", "adamw_torch")),
     }

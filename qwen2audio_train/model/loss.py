@@ -96,7 +96,9 @@ class _LabelNll(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x, w, weight = hidden.to(dtype), head.to(dtype), weight.float()
             dx = torch.empty_like(x) if with_grad and ctx.needs_input_grad[0] else None
-            dw = torch.zeros_like(w) if with_grad and ctx.needs_input_grad[1] else None
+            # In float32: summed in bfloat16, eighty chunks would be 1 % off, each rounding what came before.
+            summed = torch.promote_types(dtype, torch.float32)
+            dw = torch.zeros_like(w, dtype=summed) if with_grad and ctx.needs_input_grad[1] else None
             nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
             correct = torch.empty(len(x), dtype=torch.bool, device=x.device)
             loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -118,11 +120,9 @@ class _LabelNll(torch.autograd.Function):
                 if dx is not None:
                     torch.mm(error, w, out=dx[at])
                 if dw is not None:
-                    dw.addmm_(error.t(), x[at])
-        ctx.grads = (
-            None if dx is None else dx.to(hidden.dtype),
-            None if dw is None else dw.to(head.dtype),
-        )
+                    _add_product(dw, error.t(), x[at])
+        ctx.grads = (None if dx is None else dx.to(hidden.dtype), dw)
+        ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(nll, correct)
         return loss if objective is not None else (nll * weight).sum(), nll, correct
 
@@ -133,7 +133,17 @@ class _LabelNll(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("the loss of a pack can be differentiated once only; compute it anew")
         dx, dw = (None if g is None else _scale(g, grad) for g in grads)
-        return dx, dw, None, None, None, None
+        return dx, None if dw is None else dw.to(ctx.head_dtype), None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to the float32 `total`, in place; what factors in bfloat16 give is not rounded to it."""
+    if a.dtype is total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # where there is no such kernel
+        total.addmm_(a.float(), b.float())
 
 
 def _scale(grads: Tensor, factor: Tensor) -> Tensor:

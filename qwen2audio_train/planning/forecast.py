@@ -25,7 +25,7 @@ from qwen2audio_train.planning.cost import (
 )
 from qwen2audio_train.planning.dry_run import CHARACTERS_PER_TOKEN, Counts, Plan, gib
 from qwen2audio_train.planning.memory import PRECISIONS, Memory, optimizer_bytes, step_memory
-from qwen2audio_train.training.stages.arguments import forwards_per_step
+from qwen2audio_train.training.stages.arguments import forwards_per_step, sums_in_float32
 
 FALLBACK = {"clip_s": 10.0, "prompt_tokens": 30.0, "label_tokens": 40.0}
 """A sample where neither the command line nor a manifest says: ten seconds of speech and their transcript."""
@@ -186,6 +186,7 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
         ranks=options.gpus,
         precision=precision,
         state_bytes=optimizer_bytes(plan.arguments.optim, PRECISIONS[precision].weight, float32_copy=float32_copy),
+        gradient_bytes=4 if float32_copy and sums_in_float32(config, options.gpus) else None,
         copies=copies,
         offload_optimizer=config.deepspeed.offload_optimizer,
         offload_parameters=config.deepspeed.offload_parameters,

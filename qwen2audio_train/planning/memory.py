@@ -102,6 +102,7 @@ def step_memory(
     ranks: int = 1,
     precision: str = "bfloat16",
     state_bytes: float = 12,
+    gradient_bytes: int | None = None,
     copies: int = 1,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
@@ -117,6 +118,7 @@ def step_memory(
         stage, ranks: of ZeRO.
         precision: a key of `PRECISIONS`.
         state_bytes: of `optimizer_bytes`; the default is AdamW's under DeepSpeed in bfloat16.
+        gradient_bytes: of a trained weight, where its gradients are summed in another type than its own.
         copies: of the weights; two with a frozen reference model.
         offload_optimizer, offload_parameters: what lies on the host.
     """
@@ -126,11 +128,12 @@ def step_memory(
     weights /= ranks if stage >= 3 else 1
     optimizer = state_bytes * learned + 2 * ADAPTER_BYTES * adapter_parameters
     optimizer /= ranks if stage >= 1 else 1
+    gradients = (gradient_bytes or size.weight) * learned + ADAPTER_BYTES * adapter_parameters
     # Autocast casts a weight once per forward, and backward wants the copy again.
     casts = 2 * sum(parameters[part] for part in flows & LINEAR_PARTS) if precision == "autocast" else 0
     return Memory(
         weights=casts + (0 if offload_parameters else weights),
-        gradients=(size.weight * learned + ADAPTER_BYTES * adapter_parameters) / (ranks if stage >= 2 else 1),
+        gradients=gradients / (ranks if stage >= 2 else 1),
         optimizer=0 if offload_optimizer else optimizer,
         activations=activation_bytes(
             config, load, flows=flows, checkpointed=checkpointed, selective=selective, precision=precision
@@ -219,10 +222,12 @@ def decoder_product_bytes(text: Any, precision: str = "bfloat16") -> int:
 
 
 def head_bytes(config: Qwen2AudioConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:
-    """Bytes of the scoring of labels: one chunk of logits, in float32 too, their gradient, and both gradients of it."""
+    """Bytes of the scoring of labels: one chunk of logits, in float32 too, their gradient, and both gradients of it.
+
+    That of the head is summed in float32.
+    """
     text: Any = config.text_config
     matmul = PRECISIONS[precision].matmul
     rows = min(labels, chunk_rows(text.vocab_size))
     chunk = rows * text.vocab_size * (4 if matmul == 4 else 4 + 2 * matmul)
-    gradients = labels * text.hidden_size + (text.hidden_size * text.vocab_size if trained else 0)
-    return int(chunk + matmul * gradients)
+    return int(chunk + matmul * labels * text.hidden_size + 4 * text.hidden_size * text.vocab_size * trained)

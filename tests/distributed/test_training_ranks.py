@@ -34,6 +34,7 @@ TEXT = (*STEPS, "trainer.max_steps=2", "trainer.save_steps=1000")
 PAIRS = (*STEPS, "data.tokens_per_pack=200", "trainer.max_steps=6", "trainer.save_steps=1000", "trainer.beta=0.5")
 
 OFFLOAD = {
+    "offload-cpu-adam": ("deepspeed.stage=2", "deepspeed.offload_optimizer=true", "trainer.optim=deepspeed_cpu_adam"),
     "offload-2": ("deepspeed.stage=2", "deepspeed.offload_optimizer=true"),
     "offload-3": ("deepspeed.stage=3", "deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true"),
 }
@@ -44,6 +45,9 @@ HALF = {
     "stochastic": ("model.dtype=bfloat16", "trainer.optim=adamw_bf16_stochastic"),
 }
 """Runs in bfloat16: computed, stored with float32 copies, stored without."""
+
+MANY = (*STEPS, "data.packs_per_step=32", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.bf16=true")
+"""Sixteen forwards a step on each rank, whose gradients DeepSpeed sums in float32."""
 
 STAGES = ("none", "0", "1", "2", "3")
 
@@ -69,8 +73,12 @@ def jobs() -> list[Job]:
         ]
     for name, overrides in OFFLOAD.items():
         found.append(Job(name, (*STEPS, "trainer.optim=adamw_torch", *overrides)))
+    name = "offload-cpu-adam"
+    found.append(Job(f"{name}-resumed", (*STEPS, *OFFLOAD[name]), resume=f"{name}/checkpoint-10"))
     for name, overrides in HALF.items():
         found.append(Job(name, (*STEPS, *overrides)))
+    found += [Job(f"many-{number}", (*MANY, *zero(number))) for number in STAGES if number != "0"]
+    found.append(Job("many-1-resumed", (*MANY, *zero("1")), resume="many-1/checkpoint-1"))
     return found
 
 
@@ -193,8 +201,22 @@ def test_states_on_the_host_train_alike(name: str, one: Path, two: Path) -> None
     assert furthest(figures(two / name), figures(one / "full")) < 1e-3
 
 
+def test_states_of_deepspeeds_own_optimizer_go_on(two: Path) -> None:
+    resumed = figures(two / "offload-cpu-adam-resumed")
+    assert furthest(resumed, figures(two / "offload-cpu-adam")[10:]) < 1e-6
+
+
 @pytest.mark.parametrize("name", list(HALF))
 def test_bfloat16_stays_near(name: str, one: Path, two: Path) -> None:
     """To three digits in the loss: bfloat16 has eight bits."""
     ours, exact = ([loss for loss, _ in figures(folder)] for folder in (two / name, one / "full"))
     assert ours == pytest.approx(exact, rel=2e-2)
+
+
+@pytest.mark.parametrize("number", ["1", "2", "3"])
+def test_gradients_of_many_forwards_are_summed_in_float32(number: str, two: Path) -> None:
+    """The worker looks at the type of the sum; here losses, norms and a resume are those of the same run."""
+    found, expected = figures(two / f"many-{number}"), figures(two / "many-none")
+    assert furthest(found, expected) < 1e-3
+    if number == "1":  # another wrapper of DeepSpeed's, with a state of its own shape
+        assert furthest(figures(two / "many-1-resumed"), found[1:]) < 1e-6

@@ -12,9 +12,11 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from qwen2audio_train.training.stages.arguments import sums_in_float32
 from tests.runs import pairs_recipe, recipe, train, warm_up_recipe
 
 SOURCES = ("speech", "sound", "text")
@@ -44,6 +46,9 @@ def run(corpus: Path, folder: Path, job: Job) -> None:
     if config.deepspeed.stage is not None:
         assert trainer.model_wrapped.zero_optimization_stage() == config.deepspeed.stage
         assert trainer.model_wrapped.bfloat16_enabled() == config.trainer.get("bf16", False)
+        assert (trainer.model_wrapped.get_data_types()[1] == torch.float32) == sums_in_float32(config)
+        third = torch.tensor([1 / 3])  # which bfloat16 does not hold
+        assert torch.equal(trainer._prepare_inputs({"weight": third})["weight"], third)
     del trainer
     # What accelerate and transformers remember of DeepSpeed and bf16 would reach the next job.
     gc.collect()

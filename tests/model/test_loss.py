@@ -110,3 +110,20 @@ def test_a_second_backward_is_refused(head: LabelHead) -> None:
     loss_sum.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once only"):
         loss_sum.backward()
+
+
+def test_the_gradient_of_the_head_is_summed_in_float32(head: LabelHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of factors in bfloat16, over a row a chunk: no further off than one rounding of the exact sum."""
+    monkeypatch.setattr(loss, "LOGIT_BYTES", 4 * VOCAB)
+    hidden, target, weight = (value.detach() for value in inputs(labels=400))
+    head.to(torch.bfloat16)
+    label_nll(hidden.bfloat16(), head, target, weight).nll_sum.backward()
+    logits = F.linear(hidden.bfloat16(), head.weight).float()
+    error = (logits.softmax(1) - F.one_hot(target, VOCAB)) * weight.unsqueeze(1)
+    want = error.bfloat16().double().t() @ hidden.bfloat16().double()
+    assert torch.allclose(head.weight.grad.double(), want, rtol=2**-8, atol=1e-4)
+    assert head.weight.grad.dtype is torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head.float().weight.grad = None
+        label_nll(hidden, head, target, weight).nll_sum.backward()
+    assert torch.allclose(head.weight.grad.double(), want, rtol=1e-3, atol=1e-4)

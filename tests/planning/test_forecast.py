@@ -46,9 +46,10 @@ def test_lora_on_one_gpu() -> None:
 @pytest.mark.parametrize(
     ("overrides", "gpus", "bytes_per_parameter"),
     [
-        (("deepspeed=zero1",), 8, 4 + 12 / 8),
-        (("deepspeed=zero3",), 8, 16 / 8),
-        (("deepspeed=zero2_offload", "trainer.optim=adamw_torch"), 8, 2 + 2 / 8),
+        (("deepspeed=zero1", "data.packs_per_step=64"), 8, 4 + 12 / 8),
+        (("deepspeed=zero3", "data.packs_per_step=64"), 8, 16 / 8),
+        (("deepspeed=zero2", "data.packs_per_step=128"), 8, 2 + (4 + 12) / 8),  # sixteen forwards are summed in float32
+        (("deepspeed=zero2_offload", "trainer.optim=adamw_torch", "data.packs_per_step=64"), 8, 2 + 2 / 8),
         (("trainer.optim=adamw_bf16_stochastic",), 1, 8),
         (("trainer.optim=adamw_bf16_kahan",), 1, 10),
         (("model.dtype=float32", "trainer.bf16=false"), 1, 16),

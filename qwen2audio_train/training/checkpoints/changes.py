@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from qwen2audio_train.config.combinations import ADAMW
+from qwen2audio_train.config.combinations import ADAMW, ADAMW_OFFLOADED
 
 
 class Rule(StrEnum):
@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = {
 SAME_STATE = frozenset({ADAMW})
 """Values of `trainer.optim` that keep the same state."""
 
-PER_WEIGHT = ADAMW | {"sgd"}
+PER_WEIGHT = ADAMW | ADAMW_OFFLOADED | {"sgd"}
 """Optimizers whose state is one number per weight, which other ranks and backends can share out anew."""
 
 

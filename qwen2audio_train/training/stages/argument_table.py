@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
 from qwen2audio_train.config.bounds import nearest, no_choice, too_small
-from qwen2audio_train.config.combinations import ADAMW_BF16
+from qwen2audio_train.config.combinations import OWN_OPTIMIZERS
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.stages.argument_rules import misfits_together
 
@@ -66,7 +66,7 @@ def wrong(key: str, value: Any, entry: Mapping[str, Any], hint: Any) -> Iterator
     if "refused" in entry:
         instead = f"; use {entry['instead']} instead" if "instead" in entry else "; leave it out"
         yield f"has no place in this project: {entry['refused']}{instead}"
-    if key == "optim" and value in ADAMW_BF16:
+    if key == "optim" and value in OWN_OPTIMIZERS:
         return
     choices = entry.get("values", ())
     for word in value if isinstance(value, list) else [value]:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
-from qwen2audio_train.config.combinations import ADAMW_BF16
+from qwen2audio_train.config.combinations import OWN_OPTIMIZERS
 from qwen2audio_train.config.preference import Objective, PreferenceConfig
 from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, DeepSpeedConfig, Stage, StageConfig
 from qwen2audio_train.model.encoder_cache import check_encoder_cache
@@ -32,6 +32,10 @@ OWNED_DEEPSPEED = {
 }
 """Keys of DeepSpeed's own JSON, below `deepspeed.extra`, that follow from another key of the recipe."""
 
+FLOAT32_SUM_FORWARDS = 16
+"""Forwards of a step from which DeepSpeed sums the gradients of bfloat16 training in float32. Summed in bfloat16 they
+are 0.6 % off after 16, and 1.8 % after 256."""
+
 
 def world_size() -> int:
     """Number of ranks that torchrun started (1 under plain python)."""
@@ -42,6 +46,14 @@ def forwards_per_step(config: StageConfig, ranks: int | None = None) -> int:
     """Forwards of each rank in one optimiser step: ceil(packs_per_step / ranks / packs_per_forward)."""
     per_rank = -(-config.data.packs_per_step // (ranks or world_size()))
     return -(-per_rank // config.data.packs_per_forward)
+
+
+def sums_in_float32(config: StageConfig, ranks: int | None = None) -> bool:
+    """Whether DeepSpeed sums the gradients of a step's forwards in float32, rather than in bfloat16."""
+    if not config.trainer.get("bf16", False):
+        return True
+    given = config.deepspeed.extra.get("data_types", {}).get("grad_accum_dtype")
+    return given == "fp32" or (given is None and forwards_per_step(config, ranks) >= FLOAT32_SUM_FORWARDS)
 
 
 def arguments_class(config: StageConfig) -> type[TrainingArguments]:
@@ -62,7 +74,6 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         raise ConfigError(f"deepspeed.stage={config.deepspeed.stage}: start it with torchrun, also for a single rank")
     check_patience(config)
     check_encoder_cache(config)
-    check_deepspeed_precision(config)
     check_compiled_activations(config)
     kind = arguments_class(config)
     check_trainer_keys(config.trainer, kind)
@@ -102,13 +113,13 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     if "activation_checkpointing" not in names:
         values["gradient_checkpointing"] = values.pop("activation_checkpointing")
     optim = values.get("optim")
-    if optim in ADAMW_BF16:  # ours: Trainer's class knows its own names alone
+    if optim in OWN_OPTIMIZERS:  # Trainer's class knows its own names alone
         del values["optim"]
     try:
         arguments = kind(**values)
     except ValueError as error:
         raise ConfigError(f"trainer: {error}") from error
-    if optim in ADAMW_BF16:
+    if optim in OWN_OPTIMIZERS:
         arguments.optim = optim
     return arguments
 
@@ -132,12 +143,6 @@ def check_compiled_activations(config: StageConfig) -> None:
         )
 
 
-def check_deepspeed_precision(config: StageConfig) -> None:
-    """DeepSpeed trains bfloat16 weights, and keeps float32 copies of them, only when its own config says so."""
-    if config.deepspeed.stage is not None and config.model.dtype.value == "bfloat16" and not config.trainer.get("bf16"):
-        raise ConfigError("model.dtype=bfloat16 under DeepSpeed: set trainer.bf16=true")
-
-
 def deepspeed_config(config: StageConfig) -> dict[str, Any]:
     """The DeepSpeed JSON of a recipe. Optimizer and schedule stay torch's, so that all ZeRO stages step alike.
 
@@ -145,7 +150,7 @@ def deepspeed_config(config: StageConfig) -> dict[str, Any]:
         ConfigError: `deepspeed.extra` sets what another key of the recipe decides.
     """
     chosen: DeepSpeedConfig = config.deepspeed
-    zero: dict[str, Any] = {"stage": chosen.stage, "overlap_comm": False, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": chosen.stage, "contiguous_gradients": True}
     if chosen.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if chosen.offload_optimizer:
@@ -154,7 +159,7 @@ def deepspeed_config(config: StageConfig) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu"}
     mixed = bool(config.trainer.get("bf16", False))
     extra = dict(chosen.extra)
-    inner = extra.pop("zero_optimization", {})
+    inner, types = extra.pop("zero_optimization", {}), extra.pop("data_types", {})
     for key in [*extra, *(f"zero_optimization.{name}" for name in inner)]:
         if key in OWNED_DEEPSPEED:
             raise ConfigError(
@@ -165,6 +170,7 @@ def deepspeed_config(config: StageConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": mixed},
+        "data_types": {**({"grad_accum_dtype": "fp32"} if mixed and sums_in_float32(config) else {}), **types},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero | inner,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from qwen2audio_train.config.combinations import ADAMW_BF16
+from qwen2audio_train.config.combinations import ADAMW_BF16, ADAMW_OFFLOADED
 from qwen2audio_train.config.schema import OptimizerConfig
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.model.freeze import parameter_groups
 
 CHUNK = 2**22
@@ -24,10 +25,16 @@ CHUNK = 2**22
 
 
 def build_optimizer(arguments: TrainingArguments, model: nn.Module, rates: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of `trainer.optim` over groups with a learning rate per module."""
+    """The optimizer of `trainer.optim` over groups with a learning rate per module.
+
+    Raises:
+        UserError: DeepSpeed's optimizer for the host cannot be compiled here.
+    """
     kind: Any
     if arguments.optim in ADAMW_BF16:
         kind, options = AdamWBF16, bf16_options(arguments)
+    elif arguments.optim in ADAMW_OFFLOADED:
+        kind, options = offloaded_adamw(), adamw_options(arguments)
     else:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
     groups = parameter_groups(
@@ -41,15 +48,30 @@ def build_optimizer(arguments: TrainingArguments, model: nn.Module, rates: Optim
     return optimizer
 
 
+def adamw_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """What every AdamW takes from Trainer's arguments."""
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
+
+
 def bf16_options(arguments: TrainingArguments) -> dict[str, Any]:
     """What `AdamWBF16` takes from Trainer's arguments."""
-    return {
-        "lr": arguments.learning_rate,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "eps": arguments.adam_epsilon,
-        "kahan": str(arguments.optim).endswith("kahan"),
-        "seed": arguments.seed,
-    }
+    return {**adamw_options(arguments), "kahan": str(arguments.optim).endswith("kahan"), "seed": arguments.seed}
+
+
+def offloaded_adamw() -> Any:
+    """DeepSpeed's AdamW for states on the host, compiled when it is first asked for."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load()
+    except Exception as error:  # whatever a compiler, or the lack of one, comes to
+        raise UserError(
+            f"trainer.optim=deepspeed_cpu_adam: it is compiled at its first use, which failed ({error}); install a C++ "
+            "compiler and ninja, or take trainer.optim=adamw_torch"
+        ) from error
+    return DeepSpeedCPUAdam
 
 
 class AdamWBF16(torch.optim.Optimizer):

@@ -118,6 +118,15 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         return self.loader
 
     @override
+    def _prepare_input(self, data: Any) -> Any:
+        """Move tensors to the device, and no more.
+
+        Trainer would cast all floats under DeepSpeed, and labels would count by weights that are rounded to bfloat16,
+        while their sum is that of the weights as they were. The model casts the mel itself.
+        """
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    @override
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """All micro-batches of one step on this rank, and the sum of the step's weights over all ranks.
 
