@@ -22,6 +22,7 @@ from qwen2audio_train.config.ctc import CtcConfig, ctc_refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
 from qwen2audio_train.config.preference import PreferenceConfig
 from qwen2audio_train.config.reinforcement import GrpoConfig
+from qwen2audio_train.config.tracker import TrackerConfig
 from qwen2audio_train.errors import UserError
 
 
@@ -57,13 +58,6 @@ class AdapterKind(StrEnum):
     none = "none"
     lora = "lora"
     qlora = "qlora"
-
-
-class WandbMode(StrEnum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    off = "off"
 
 
 @dataclass
@@ -184,21 +178,6 @@ class DeepSpeedConfig:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class TrackerConfig:
-    """Weights & Biases; `auto` is online when an API key is set and off otherwise. `log.jsonl` is always written.
-
-    Attributes:
-        wandb: `auto` is online when an API key is set and off otherwise; `online`, `offline`, `off`.
-        project: of Weights & Biases.
-        entity: user or team there; unset: the key's own.
-    """
-
-    wandb: WandbMode = WandbMode.auto
-    project: str = "qwen2audio-train"
-    entity: str | None = None
 
 
 @dataclass

@@ -84,6 +84,7 @@ class Ledger:
 def stage_overrides(recipe: RecipeConfig, name: str, before: str | None) -> list[str]:
     """Overrides of a stage's own root: its place in the run, the recipe's, then its own."""
     place = [f"name={recipe.name}-{name}", f"run_dir={recipe.run_dir}/{name}", f"seed={recipe.seed}"]
+    place.append(f"tracker.group={recipe.name}")
     start = [] if before is None else [f"{recipe.stages[before].hands_on}={recipe.run_dir}/{before}"]
     return [*place, *start, *recipe.overrides, *recipe.stages[name].overrides]
 

@@ -1,4 +1,4 @@
-"""What is written and shown while a stage trains: `log.jsonl`, a progress bar, and Weights & Biases when asked for."""
+"""What is written and shown while a stage trains: `log.jsonl` and a progress bar; Weights & Biases: `tracker.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from qwen2audio_train.config.schema import StageConfig, WandbMode
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tracker import WandbMode
+from qwen2audio_train.training.trainers.tracker import Wandb, wandb_mode
 
 
 class JsonlLog(TrainerCallback):
@@ -87,56 +89,13 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
-class Wandb(TrainerCallback):
-    """Hand the same log lines to Weights & Biases, from rank 0."""
-
-    def __init__(self, config: StageConfig, settings: dict[str, Any]) -> None:
-        self.config = config
-        self.settings = settings
-        self.run: Any = None
-
-    @override
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        import wandb
-
-        tracker = self.config.tracker
-        self.run = wandb.init(
-            project=tracker.project,
-            entity=tracker.entity,
-            name=self.config.name,
-            dir=self.config.run_dir,
-            mode="offline" if tracker.wandb is WandbMode.offline else "online",
-            config=self.settings,
-        )
-
-    @override
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if self.run is not None and logs:
-            self.run.log(logs, step=state.global_step)
-
-    @override
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.run is not None:
-            self.run.finish()
-
-
 def callbacks(config: StageConfig, settings: dict[str, Any]) -> list[TrainerCallback]:
     """The callbacks of a stage."""
     chosen: list[TrainerCallback] = [
         JsonlLog(Path(config.run_dir) / "log.jsonl", config.stage.value),
         Progress(config.stage.value),
     ]
-    mode = config.tracker.wandb
-    if mode is WandbMode.auto:
-        mode = WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.off
+    mode = wandb_mode(config.tracker, os.environ)
     if mode is not WandbMode.off:
-        chosen.append(Wandb(config, settings))
+        chosen.append(Wandb(config, settings, mode))
     return chosen

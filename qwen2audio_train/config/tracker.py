@@ -1,0 +1,31 @@
+"""Keys below `tracker`: where log lines go besides `log.jsonl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class WandbMode(StrEnum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+@dataclass
+class TrackerConfig:
+    """Weights & Biases; `log.jsonl` is always written.
+
+    Attributes:
+        wandb: `auto` does as WANDB_MODE says, else is online when WANDB_API_KEY is set and off otherwise; `online`,
+            `offline`, `off`.
+        project: of Weights & Biases; unset: WANDB_PROJECT, else qwen2audio-train.
+        entity: user or team there; unset: the key's own.
+        group: runs that are shown together; launch/recipe.py puts its stages in one of its name.
+    """
+
+    wandb: WandbMode = WandbMode.auto
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
