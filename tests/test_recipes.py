@@ -12,6 +12,7 @@ import pytest
 from qwen2audio_train.config.schema import PARTS, StageConfig
 from qwen2audio_train.planning import dry_run as plan
 from qwen2audio_train.planning.dry_run import print_plan
+from qwen2audio_train.training.chain import stage_configs
 from qwen2audio_train.training.stages import arguments
 from qwen2audio_train.training.stages.run import as_yaml
 from tests.launch.scripts import RECIPES, SCHEMAS, composed
@@ -28,6 +29,8 @@ COMPANIONS = {
     "model=assembled_qwen2_5_7b": ["deepspeed=zero2"],
     "model=qwen2_audio_7b": ["deepspeed=zero2"],
     "model=qwen2_audio_7b_instruct": ["deepspeed=zero2"],
+    "model=qwen2_audio": ["deepspeed=zero2"],
+    "model=qwen_audio": ["deepspeed=zero2"],
     "deepspeed=zero2_offload": ["trainer.optim=adamw_torch"],
     "deepspeed=zero3_offload": ["trainer.optim=adamw_torch"],
 }
@@ -80,6 +83,32 @@ def test_every_ablation_changes_something(name: str) -> None:
     assert "Baseline: " in text
     changed = [stage for stage in STAGES if as_yaml(composed(stage)) != as_yaml(composed(stage, f"ablation={name}"))]
     assert changed
+
+
+@pytest.mark.parametrize(
+    ("root", "bins", "style"), [("qwen_audio", 80, "hierarchical_tags"), ("qwen2_audio", 128, "natural")]
+)
+def test_the_presets_train_what_the_papers_train(root: str, bins: int, style: str) -> None:
+    stages = stage_configs(composed(root), lambda name, overrides: composed(name, *overrides))
+    first, second = stages["pretrain"], stages["sft"]
+    language = {"language_model", "embed_tokens", "lm_head"}
+    assert {part for part in PARTS if getattr(first.model.freeze, part)} == language
+    assert {part for part in PARTS if getattr(second.model.freeze, part)} == set(PARTS) - language
+    assert (first.model.num_mel_bins, first.data.prompt_style, first.optimizer.encoder_layer_decay) == (
+        bins,
+        style,
+        0.95,
+    )
+    for data in (first.data, second.data):  # LibriSpeech Basic of arXiv:1904.08779, table 1: W, F, m_F, T, p, m_T
+        basic = data.augment
+        masks = (basic.freq_mask_bins, basic.num_freq_masks, basic.time_mask_frames, basic.time_mask_share)
+        assert (basic.spec_augment, basic.time_warp, *masks, basic.num_time_masks) == (1.0, 80, 27, 1, 100, 1.0, 1)
+    assert {name: group.weight for name, group in first.data.groups.items()} == {
+        "speech": 370,
+        "sound": 10,
+        "music": 140,
+    }
+    assert second.init_from == f"runs/{root}/pretrain"
 
 
 def counts_of(plan: str, row: str) -> list[str]:

@@ -23,6 +23,8 @@ SCHEMAS: dict[str, Any] = {
     "grpo": StageConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "qwen2_audio": RecipeConfig,
+    "qwen_audio": RecipeConfig,
     "recipe": RecipeConfig,
     "recipe_recordings": RecipeConfig,
     "recipe_small": RecipeConfig,
