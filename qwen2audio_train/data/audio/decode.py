@@ -38,7 +38,7 @@ from qwen2audio_train.data.audio.raw import FormatError
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.storage.blobs import BlobError, Place, container
 from qwen2audio_train.data.storage.remote import Remote
-from qwen2audio_train.layout import MIN_FRAMES, SAMPLING_RATE, num_frames, num_samples_of
+from qwen2audio_train.layout import MIN_DURATION_S, SAMPLING_RATE, num_samples_of
 
 END_TOLERANCE_S = 0.05
 """A slice may end this much beyond its file: durations in manifests are rounded."""
@@ -237,8 +237,9 @@ def _resampled(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 
 def _check_long_enough(clip: Clip, num_samples: int) -> None:
-    if num_frames(num_samples) < MIN_FRAMES:
-        raise AudioError(clip.path, f"{num_samples / SAMPLING_RATE:.3f} s is too short for an audio token (0.04 s)")
+    if num_samples < num_samples_of(MIN_DURATION_S):
+        found = f"{num_samples / SAMPLING_RATE:.3f} s is too short for an audio token ({MIN_DURATION_S} s)"
+        raise AudioError(clip.path, found)
 
 
 def _bounds(clip: Clip, file: AudioFile | Header, limits: AudioLimits) -> tuple[int, int]:

@@ -61,6 +61,7 @@ class AudioLimits:
 
 
 LIMITS = AudioLimits()
+NOT_KNOWN = "format not recognised"
 
 
 def open_audio(path: str, source: Source, limits: AudioLimits) -> AudioFile:
@@ -73,8 +74,10 @@ def open_audio(path: str, source: Source, limits: AudioLimits) -> AudioFile:
     try:
         return _checked(_sound_file(source, layout.patch), path, limits)
     except (soundfile.LibsndfileError, TypeError) as error:
+        told = getattr(error, "error_string", str(error))  # without the address of a file object
+        why = NOT_KNOWN if "not a regular file" in told else told  # its words for a file of text, say
         raise AudioError(
-            path, f"is no audio that libsndfile reads ({error}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
+            path, f"is no audio that libsndfile reads ({why}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
         ) from error
 
 

@@ -65,7 +65,8 @@ class HubStream:
             if data is None and isinstance(path, str):
                 path = beside(path, folders)
             key = {"__key__": f"{shard}/{number}"}
-            yield {**key, **row, audio: path or f"{shard}-{number}"}, None if data is None else (data,)
+            named = path or (None if data is None else f"{shard}-{number}")
+            yield {**key, **row, audio: named}, None if data is None else (data,)
 
     def _rows(self, shard: int, audio: str) -> Iterator[dict[str, Any]]:
         # in batches, as rows one by one would be divided among a DataLoader's workers, each of which has its own shards
@@ -161,12 +162,12 @@ def _load(
 ) -> Any:
     from datasets import load_dataset  # slow to import, and only these sources need it
 
-    if files:
-        return load_dataset(Path(files[0]).suffix[1:], data_files=list(files), split="train", streaming=streaming)
-    if split is None:
+    if split is None and not files:
         raise ConfigError(f"{path}: name a split")
     folder = Path(path)
     try:
+        if files:
+            return load_dataset(Path(files[0]).suffix[1:], data_files=list(files), split="train", streaming=streaming)
         if not folder.is_dir():
             return load_dataset(path, subset, split=split, revision=revision, streaming=streaming)
         kind = next((kind for kind, pattern in KINDS if next(folder.glob(pattern), None)), None)

@@ -27,7 +27,7 @@ def read_kaldi(folder: str) -> Rows:
     path = str(place / "text")
     untold = dict.fromkeys(recordings if segments is None else segments)
     number = 0
-    for number, (name, text) in enumerate(_pairs(place / "text"), start=1):
+    for number, name, text in _numbered(place / "text"):
         untold.pop(name, None)
         try:
             recording, times = _segment(segments, name, path, number)
@@ -45,10 +45,15 @@ def read_kaldi(folder: str) -> Rows:
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for line in lines:
+    return ((name, value) for _, name, value in _numbered(path))
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, str, str]]:
+    """The first word of every line and what follows it, with the line's number; blank lines are passed over."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
             if parts := line.strip().split(maxsplit=1):
-                yield parts[0], parts[1] if len(parts) > 1 else ""
+                yield number, parts[0], parts[1] if len(parts) > 1 else ""
 
 
 def _segment(segments: Mapping[str, str] | None, name: str, path: str, line: int) -> tuple[str, dict[str, float]]:

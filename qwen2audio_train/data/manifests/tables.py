@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,13 +101,16 @@ def _text_lines(file: str, shown: str) -> Iterator[tuple[int, str | ManifestErro
     number = 0
     try:
         with open_lines(file) as probe:
-            utf16 = probe.read(2) in UTF16_MARKS
+            head = probe.read(2**16)
+            utf16, is_mac = head[:2] in UTF16_MARKS, b"\r" in head and b"\n" not in head
         with open_lines(file) as lines:
             if utf16:
                 for number, text in enumerate(TextIOWrapper(lines, encoding="utf-16", newline=""), start=1):
                     yield number, text
                 return
-            for number, raw in enumerate(lines, start=1):
+            # Excel's "CSV (Macintosh)" ends its lines with a carriage return alone
+            ended = (line for raw in lines for line in raw.splitlines(keepends=True)) if is_mac else lines
+            for number, raw in enumerate(ended, start=1):
                 yield number, _decoded(raw, shown, number)
     except UnicodeDecodeError as error:
         yield number + 1, ManifestError(shown, number + 1, "", "UTF-16 as its first bytes say", str(error))
@@ -140,6 +143,9 @@ def _read_cells(file: str, shown: str, delimiter: str) -> Rows:
                 return
         elif not names:
             names = cells
+            if twice := [name for name in names if name.strip() and names.count(name) > 1]:
+                yield number, ManifestError(shown, number, twice[0], "column names of their own", f"{len(twice)} alike")
+                return
         elif len(cells) == len(names):
             yield number, dict(zip(names, cells, strict=True))
         elif cells:
@@ -217,7 +223,7 @@ def _is_row(line: str, num_cells: int) -> bool:
 def _whole(text: str) -> list[str] | None:
     """The cells of a CSV row over one or more lines, None if it does not end with them."""
     try:
-        rows: Sequence[list[str]] = list(csv.reader(text.splitlines(keepends=True), strict=True))
+        rows: Sequence[list[str]] = list(csv.reader(StringIO(text, newline=""), strict=True))
     except csv.Error:
         return None
     return rows[0] if len(rows) == 1 else None

@@ -259,9 +259,8 @@ def _noted(notes: Path) -> Iterator[Outcome]:
                 first = first_row.setdefault(outcome["id"], (place, number))
                 if first != (place, number):
                     there = f"line {first[1]}" if first[0] == place else f"line {first[1]} of {first[0]}"
-                    hint = (
-                        "" if first[0] == place else "; columns.id=__path__ puts the file's name before a key of a tar"
-                    )
+                    is_of_tars = first[0] != place and place.endswith(".tar")
+                    hint = "; columns.id=__path__ puts the tar's name before a key" if is_of_tars else ""
                     found = f'"{outcome["id"]}", as in {there}{hint}'
                     outcome = str(ManifestError(place, number, "id", "an id of its own", found))
             yield outcome

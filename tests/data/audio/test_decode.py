@@ -198,12 +198,14 @@ def test_samples_that_are_not_finite(tmp_path: Path, bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "says"), [(0, "holds no samples"), (320, r"0\.020 s is too short for an audio token")]
+    ("num_samples", "says"),
+    [(0, "holds no samples"), (320, r"0\.020 s is too short for an audio token"), (639, r"0\.040 s is too short")],
 )
 def test_too_short(tmp_path: Path, num_samples: int, says: str) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(num_samples), 16_000)
-    with pytest.raises(AudioError, match=says):
-        load_audio(clip(tmp_path / "a.wav"))
+    for read in (load_audio, clip_duration):
+        with pytest.raises(AudioError, match=says):
+            read(clip(tmp_path / "a.wav"))
 
 
 NO_AUDIO = {
@@ -213,6 +215,7 @@ NO_AUDIO = {
     b'{"error": "not found"}': "is JSON",
     b"PK\x03\x04\x14\0": "is a zip archive",
     bytes(range(100, 200)): "no audio that libsndfile reads",
+    b"Not found, sorry. " * 20: r"no audio that libsndfile reads .*ormat not recognised",
 }
 
 
