@@ -118,6 +118,7 @@ class Batches:
 
     source_names = ("random",)
     telemetry = SimpleNamespace(take=dict)
+    plan = 0
 
     def __init__(self, batches: list[dict[str, Tensor]]) -> None:
         self.batches = batches

@@ -30,6 +30,7 @@ class Packs:
 
     source_names = ("noise",)
     telemetry = SimpleNamespace(take=dict)
+    plan = 0
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload

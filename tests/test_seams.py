@@ -35,6 +35,7 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
         "compute_loss": "model inputs return_outputs num_items_in_batch",
         "evaluate": "eval_dataset ignore_keys metric_key_prefix",
         "training_step": "model inputs num_items_in_batch",
+        "_prepare_inputs": "inputs",
         "_get_grad_norm": "model grad_norm",
         "_save_checkpoint": "model trial",
         "_maybe_log_save_evaluate": "",
@@ -80,7 +81,6 @@ OVERRIDDEN: dict[type, dict[str, str]] = {
 CALLED = {
     "transformers.Trainer._save_rng_state": "self output_dir",
     "transformers.Trainer._load_callback_state": "self",
-    "transformers.Trainer._prepare_inputs": "self inputs",
     "transformers.Trainer.compute_loss_context_manager": "self",
     "transformers.TrainerState.compute_steps": "self args max_steps",
     "transformers.TrainerState.init_training_references": "self trainer max_steps num_train_epochs trial",

@@ -2,8 +2,7 @@
 
 `load_config` merges a recipe into its schema: a misspelt key, a wrong type, an unknown choice or a combination that is
 not in the table of `combinations.py` is refused before anything is loaded, with the key's full name and the nearest
-right one. The keys below `trainer` belong to `transformers.TrainingArguments` (or `trl.DPOConfig`) and are checked
-against that class by `training/stages/arguments.py`.
+right one. Keys below `trainer` are those of `transformers.TrainingArguments`: see `training/stages/arguments.py`.
 """
 
 from __future__ import annotations
@@ -193,6 +192,7 @@ class StageConfig:
         resume: `auto` (the newest complete checkpoint of `run_dir`, if any), `never`, or a checkpoint folder.
         dry_run: resolve everything, print the plan and stop.
         num_threads: CPU threads of each rank; 0 leaves torch's choice.
+        watchdog_s: seconds without a batch or a save until a rank prints its stack traces and ends; 0 waits for ever.
         model: weights, and what of them is trained.
         data: corpora, and how they are laid out.
         adapter: low-rank adaptation.
@@ -213,6 +213,7 @@ class StageConfig:
     resume: str = "auto"
     dry_run: bool = False
     num_threads: int = at_least(0, 0)
+    watchdog_s: float = at_least(0, 1800.0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -304,9 +305,8 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
     _refuse(out_of_bounds(config))
     if isinstance(config, StageConfig):
         frozen = config.model.freeze.multi_modal_projector
-        _refuse(
-            filter(None, (refusal(_choice(config)), ctc_refusal(config.ctc, config.stage, _choice(config), frozen)))
-        )
+        chosen = _choice(config)
+        _refuse(filter(None, (refusal(chosen), ctc_refusal(config.ctc, config.stage, chosen, frozen))))
     return config
 
 

@@ -121,6 +121,11 @@ class BatchLoader(ABC, Generic[MadeT]):
         """Ids of the examples of a step that was handed out lately; none where they are not kept, as of streams."""
         return []
 
+    @property
+    def plan(self) -> int:
+        """A number below 2^32 that ranks share when they planned the last step alike; 0 where each has its own plan."""
+        return 0
+
     @abstractmethod
     def _batches(self) -> Iterator[tuple[Batch, MadeT]]:
         """The batches of this rank after the steps handed out so far, from the workers."""

@@ -6,6 +6,7 @@ into tensors. So neither the number of workers nor how far they have run ahead h
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -57,11 +58,12 @@ class PackDataset(Dataset[tuple[Batch, Made]]):
 
 @dataclass
 class _Mark:
-    """Cursor after a step, and the packs of that step."""
+    """Cursor after a step, the packs of that step, and a checksum of these."""
 
     cursor: Cursor
     packs: list[Pack]
     left_out: NDArray[np.int64]
+    plan: int
 
 
 @dataclass
@@ -122,6 +124,11 @@ class PackLoader(BatchLoader[Made]):
         rows = np.concatenate([pack.rows for pack in packs]).tolist()
         return [self.dataset.indexes[source].read(position).id for source, _, position in rows]
 
+    @property
+    def plan(self) -> int:
+        mark = self._marks.get(self._done)
+        return 0 if mark is None else mark.plan
+
     def _batches(self) -> Iterator[tuple[Batch, Made]]:
         self._rewind_to(self._done)
         made: Iterator[tuple[Batch, Made]] = self._from_workers(
@@ -137,7 +144,8 @@ class PackLoader(BatchLoader[Made]):
         for packs, cursor, left_out in steps(self.planner, self._start, self.packs_per_step, self.epochs):
             number += 1
             self._look_ahead(cursor)
-            self._marks[number] = _Mark(cursor, packs, left_out)
+            plan = zlib.crc32(b"|".join(pack.rows.tobytes() for pack in packs))
+            self._marks[number] = _Mark(cursor, packs, left_out, plan)
             mine = deal(packs, self.world_size)[self.rank]
             for first in range(0, len(mine), self.packs_per_forward):
                 yield np.concatenate([pack.rows for pack in mine[first : first + self.packs_per_forward]])

@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "resume": Rule.call,
     "dry_run": Rule.call,
     "num_threads": Rule.free,
+    "watchdog_s": Rule.free,
     "model": Rule.refused,
     "model.path": Rule.content,
     "model.audio_encoder": Rule.content,

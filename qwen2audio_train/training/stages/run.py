@@ -154,7 +154,7 @@ def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     if over:
         return
     warn_of_early_end(trainer)
-    with trainer.stop.heeded():
+    with trainer.stop.heeded(), trainer.watchdog.watching(config.watchdog_s):
         trainer.train(resume_from_checkpoint=str(point) if point else None)
         trainer.save_final_checkpoint()
     say_how_it_ended(trainer)

@@ -24,6 +24,7 @@ from qwen2audio_train.errors import UserError
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints import writing
 from qwen2audio_train.training.trainers.stop import StopSignals
+from qwen2audio_train.training.trainers.watchdog import Watchdog
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,10 @@ SET_ASIDE = ".diverged"
 
 class Diverged(UserError):
     """Training went beyond what numbers can hold."""
+
+
+class OutOfMemory(UserError):
+    """A batch does not fit into the device's memory."""
 
 
 @dataclass
@@ -118,6 +123,18 @@ def all_finite(model: nn.Module) -> Tensor:
     return torch.stack([weight.detach().isfinite().all() for weight in weights if weight.numel()]).all()
 
 
+def out_of_memory(step: int, batch: dict[str, Any], error: Exception) -> OutOfMemory:
+    """What to say of a batch that did not fit, by its shapes alone: the device is full."""
+    tokens = int(batch.get("packed_ids", batch["input_ids"]).numel())
+    frames = [int(count) for count in batch["clip_frames"]]
+    return OutOfMemory(
+        f"step {step}: no memory for a batch of {tokens} tokens and {len(frames)} clips of {sum(frames)} mel frames, "
+        f"the longest of {max(frames, default=0)} ({str(error).splitlines()[0]}). Lower data.tokens_per_pack or "
+        "data.packs_per_forward, set model.activation_checkpointing=true, or choose a higher deepspeed stage; "
+        "`launch/plan.py STAGE mode=find_batch` finds the largest pack that fits"
+    )
+
+
 class GuardedTrainer(Trainer):
     """Mixin before `transformers.Trainer`: bad steps are not taken, weights that are no numbers are not saved.
 
@@ -134,12 +151,26 @@ class GuardedTrainer(Trainer):
         self.guard = StepGuard(max_skipped_steps)
         self.stop = StopSignals()
         self.stopped = False
+        self.watchdog = Watchdog()
         super().__init__(*args, **kwargs)
 
     @override
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As Trainer's; called before every forward, in training and evaluation."""
+        self.watchdog.alive()
+        return super()._prepare_inputs(inputs)
+
+    @override
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer's; the guard sees the loss."""
-        return self.guard.add(super().training_step(model, inputs, num_items_in_batch))
+        """As Trainer's; the guard sees the loss.
+
+        Raises:
+            OutOfMemory: saying what was in the batch.
+        """
+        try:
+            return self.guard.add(super().training_step(model, inputs, num_items_in_batch))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.state.global_step + 1, inputs, error) from error
 
     @override
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

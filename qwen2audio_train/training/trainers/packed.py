@@ -29,6 +29,7 @@ from qwen2audio_train.config.schema import OptimizerConfig
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
 from qwen2audio_train.model.ctc import HEAD, HEAD_FILE
 from qwen2audio_train.model.packed import unwrap
@@ -42,6 +43,10 @@ from qwen2audio_train.training.trainers.resumed import CONFIG_FILE, ResumedTrain
 logger = logging.get_logger(__name__)
 
 FRAME_S = HOP_LENGTH / SAMPLING_RATE
+
+
+class PlansDiffer(UserError):
+    """Ranks have planned different examples for the same step."""
 
 
 @dataclass
@@ -167,8 +172,15 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
             )
             for batch in batches
         ]
-        total = torch.tensor(rows, dtype=torch.float64).sum(0)
-        return StepCounts(*self.sum_over_ranks(total, device).tolist())
+        own = float(self.loader.plan)
+        total = torch.tensor([*torch.tensor(rows, dtype=torch.float64).sum(0), own], dtype=torch.float64)
+        *counts, plans = self.sum_over_ranks(total, device).tolist()
+        if plans != own * self.args.world_size:
+            raise PlansDiffer(
+                f"step {self.state.global_step + 1}: rank {self.args.process_index} has planned other examples than "
+                "other ranks; manifests, recipe and indexes (data.cache_dir) have to be the same on all machines"
+            )
+        return StepCounts(*counts)
 
     def other_tokens(self, count: int) -> Tensor | None:
         """Tokens that stand for the whole vocabulary when this step reads audio embeddings, on every rank alike."""
@@ -226,6 +238,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         target = run_dir / f"checkpoint-{self.state.global_step}"
         if not self.may_save():
             return
+        self.watchdog.alive()
         self._look_for_room(target)
         try:
             self._write_checkpoint(target.with_suffix(writing.PARTIAL))

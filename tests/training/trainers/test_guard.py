@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from qwen2audio_train.training.checkpoints.folder import complete_checkpoints, resume_point
-from qwen2audio_train.training.trainers.guard import Diverged
+from qwen2audio_train.training.trainers.guard import Diverged, OutOfMemory
+from qwen2audio_train.training.trainers.packed import PlansDiffer
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train
 
 SAVED = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.save_total_limit=1"]
@@ -118,6 +120,41 @@ def test_weights_beyond_numbers_are_not_saved(noise: Path, tmp_path: Path) -> No
     trainer.state.global_step = 5
     with pytest.raises(Diverged, match=r"step 5: the weights are no numbers; no checkpoint is made of it\. go on from"):
         trainer.save_final_checkpoint()
+
+
+def test_a_batch_that_does_not_fit_is_described(noise: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(recipe(noise, tmp_path))
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    batch = next(iter(build_trainer(recipe(noise, tmp_path / "same")).loader))
+    tokens, clips, frames = batch["input_ids"].numel(), len(batch["clip_frames"]), int(batch["clip_frames"].sum())
+    assert clips
+    with pytest.raises(OutOfMemory) as info:
+        trainer.train()
+    words = (
+        f"step 1: no memory for a batch of {tokens} tokens and {clips} clips of {frames} mel frames, the longest of "
+    )
+    assert str(info.value).startswith(words)
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.). Lower data.tokens_per_pack" in str(info.value)
+
+
+def test_ranks_that_plan_other_examples_stop(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second rank's seed differs: what it would add to the sum over the ranks is that of its own plan."""
+    trainer = build_trainer(recipe(noise, tmp_path / "a"))
+    other = build_trainer(recipe(noise, tmp_path / "b", "data.seed=1")).loader
+    for loader in (trainer.loader, other):
+        batches = list(islice(iter(loader), loader.batches_per_step))
+    plans = [float(loader.plan) for loader in (trainer.loader, other)]
+    assert 0 < plans[0] != plans[1] < 2**32
+    for second, differs in ((plans[0], False), (plans[1], True)):
+        added = torch.tensor([0.0] * 6 + [second], dtype=torch.float64)
+        monkeypatch.setattr(trainer, "sum_over_ranks", lambda total, device=None, more=added: total + more)
+        monkeypatch.setattr(type(trainer.args), "world_size", 2)
+        with pytest.raises(PlansDiffer, match="step 1: rank 0 has planned other") if differs else nullcontext():
+            trainer._count(batches, "cpu")
 
 
 def test_none_is_skipped_where_none_may_be(noise: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class Fixed:
     """The same batches over and over, in place of the trainer's loader."""
 
     def __init__(self, loader: Any, batches: list[dict[str, Tensor]]) -> None:
-        self.batches, self.telemetry = batches, loader.telemetry
+        self.batches, self.telemetry, self.plan = batches, loader.telemetry, 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
