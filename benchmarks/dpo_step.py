@@ -48,9 +48,10 @@ from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.layout import MAX_FRAMES, NUM_MEL_BINS, mel_columns, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO, mel_columns, num_audio_tokens
+from qwen2audio_train.layout import MAX_FRAMES, NUM_MEL_BINS
 from qwen2audio_train.model.adapters import apply_adapter, lora_config
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from qwen2audio_train.training.reference.cache import ReferenceCache
 from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
 from qwen2audio_train.training.trainers.packed import RunFiles
@@ -175,7 +176,7 @@ def stock_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwa
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         callbacks=[watch],
-        peft_config=lora_config(ADAPTER) if kind == "adapter_off" else None,
+        peft_config=lora_config(ADAPTER, QWEN2_AUDIO) if kind == "adapter_off" else None,
     )
 
 

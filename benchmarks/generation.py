@@ -28,7 +28,7 @@ from qwen2audio_train.data.samples.sample import Sample, build_sample
 from qwen2audio_train.evaluation.decoding.generate import Decoding, embed_prompts, generate_texts, stop_ids
 from qwen2audio_train.layout import SAMPLING_RATE
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 
 ARCHITECTURE = {
     "audio_config": {"d_model": 144, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 576},
@@ -78,7 +78,7 @@ def random_prompts(count: int, tokenizer: Any) -> list[Sample]:
 
 def stock_ids(model: PackedQwen2Audio, tokenizer: Any, samples: list[Sample], decoding: Decoding) -> torch.Tensor:
     """`GenerationMixin.generate` on the embeddings of our encoder."""
-    embeds, mask = embed_prompts(model, samples)
+    embeds, mask, _ = embed_prompts(model, samples)
     stops = stop_ids(tokenizer)
     stock: Any = model  # its stubs want a protocol that no model of transformers fulfils
     return stock.generate(

@@ -16,11 +16,12 @@ from workload import Example, Workload
 from qwen2audio_train.config.schema import CheckpointingPolicy
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import build_sample
-from qwen2audio_train.layout import SAMPLING_RATE, num_audio_tokens, num_encoder_frames
+from qwen2audio_train.families.qwen2_audio import num_audio_tokens, num_encoder_frames
+from qwen2audio_train.layout import SAMPLING_RATE
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.loss import label_nll
 from qwen2audio_train.model.outputs import PackedOutput
-from qwen2audio_train.model.packed import PackedQwen2Audio, PackedQwen2AudioModel
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio, PackedQwen2AudioModel
 from qwen2audio_train.training.trainers.language_model import AudioTrainer
 from qwen2audio_train.training.trainers.packed import RunFiles
 

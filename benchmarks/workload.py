@@ -37,7 +37,8 @@ from trl import SFTConfig, SFTTrainer
 from qwen2audio_train.data.examples import Clip, TaskExample
 from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
 from qwen2audio_train.data.prompts.tokenizer import build_processor, train_tokenizer
-from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_samples_of
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
+from qwen2audio_train.layout import SAMPLING_RATE, num_samples_of
 
 CLIPS = {"3s": 8, "lognormal": 9, "librispeech": 9, "30s": 2}
 """Clips of a forward: as many as `--quick` has time for. The more, the more of a padded row is padding."""
@@ -129,7 +130,7 @@ class Workload:
     def config(self) -> Qwen2AudioConfig:
         """A new one for every model, since a model writes its attention into it."""
         parts: Any = {name: dict(part) for name, part in SHAPES[self.options.shape].items()}
-        parts["audio_token_index"] = self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        parts["audio_token_index"] = self.tokenizer.convert_tokens_to_ids(QWEN2_AUDIO.audio_token)
         return Qwen2AudioConfig(**parts)
 
     def build(self, make: Callable[[Qwen2AudioConfig], Any]) -> Any:

@@ -31,7 +31,8 @@ from qwen2audio_train.cli.door import door
 from qwen2audio_train.cli.help import script_help
 from qwen2audio_train.config.ablation import AblationConfig, AblationMode
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import EvaluateConfig, StageConfig
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tools import EvaluateConfig
 from qwen2audio_train.evaluation.scoring.table import aligned
 
 OPTIONS = AblationConfig

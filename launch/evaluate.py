@@ -19,7 +19,8 @@ from typing import Any
 from qwen2audio_train.cli.commands import Commands, run_command
 from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
-from qwen2audio_train.config.schema import ConfigError, EvaluateConfig
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.config.tools import EvaluateConfig
 from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.evaluation.decoding.generate import Decoding

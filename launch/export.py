@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
-from qwen2audio_train.config.schema import ExportConfig
+from qwen2audio_train.config.tools import ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.export import check_export, export

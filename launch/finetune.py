@@ -19,7 +19,8 @@ from typing import Any
 from qwen2audio_train.cli.compose import LAUNCH, compose, given
 from qwen2audio_train.cli.door import door
 from qwen2audio_train.config.finetune import FinetuneConfig
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tools import EvaluateConfig, ExportConfig
 from qwen2audio_train.finetune.run import finetune
 
 OPTIONS = FinetuneConfig

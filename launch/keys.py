@@ -8,7 +8,8 @@ from qwen2audio_train.config.ablation import AblationConfig
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.keys import keys_of
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tools import EvaluateConfig, ExportConfig
 from qwen2audio_train.data.tools.chat import ChatOptions
 from qwen2audio_train.data.tools.check import CheckOptions
 from qwen2audio_train.data.tools.convert import ConvertOptions

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from qwen2audio_train.cli.compose import LAUNCH, compose, launch
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import EvaluateConfig, StageConfig
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tools import EvaluateConfig
 from qwen2audio_train.evaluation.reporting.report import write_report
 from qwen2audio_train.evaluation.reporting.stage_record import stage_table
 from qwen2audio_train.planning.dry_run import print_plan

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase, Qwen2AudioForConditionalGeneration
+from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Example
@@ -17,6 +18,8 @@ from qwen2audio_train.data.samples.recipe import render_as, save_inputs
 from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts, stop_ids
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.layout import SAMPLING_RATE
 from qwen2audio_train.model.adapters import load_adapter
 
@@ -47,13 +50,13 @@ def export(
             config.base_model_name_or_path = base
     saved.save_pretrained(folder)
     save_inputs(tokenizer, recipe, folder)
-    generation_config(tokenizer).save_pretrained(folder)
+    generation_config(tokenizer, family_of(recipe.family)).save_pretrained(folder)
     return folder
 
 
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Greedy decoding that ends at `<|im_end|>` or `<|endoftext|>`, as our own path has it."""
-    chat_end, text_end = stop_ids(tokenizer)
+def generation_config(tokenizer: PreTrainedTokenizerBase, family: Family = DEFAULT) -> GenerationConfig:
+    """Greedy decoding that ends at the end of a turn or of a text, as our own path has it."""
+    chat_end, text_end = stop_ids(tokenizer, family)
     return GenerationConfig(
         do_sample=False, eos_token_id=[chat_end, text_end], pad_token_id=text_end, bos_token_id=text_end
     )
@@ -76,7 +79,8 @@ def stock_texts(
         base: for an exported adapter, the weights that it goes on.
     """
     processor = AutoProcessor.from_pretrained(folder)
-    model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(base or folder)
+    stock: Any = getattr(transformers, family_of(recipe.family).model_class)
+    model: Any = stock.from_pretrained(base or folder)
     if base is not None:
         model = load_adapter(model, str(folder), trainable=False)
     model.eval()

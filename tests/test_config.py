@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from qwen2audio_train.config.combinations import COMBINATIONS, KEYS, refusal
 from qwen2audio_train.config.data import Order, SourceFormat
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import ConfigError, EvaluateConfig, StageConfig, load_config
+from qwen2audio_train.config.schema import ConfigError, StageConfig, load_config
+from qwen2audio_train.config.tools import EvaluateConfig
 from qwen2audio_train.training.stages.arguments import deepspeed_config, training_arguments
 from tests.runs import recipe
 

@@ -15,7 +15,7 @@ from qwen2audio_train.data.prompts.render import render, rendered_text
 from qwen2audio_train.evaluation.decoding.generate import Decoding, stop_ids
 from qwen2audio_train.export import check_export, export
 from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.evaluation.tiny import MEL_BINS, SAMPLES, noise, tiny_model, tiny_tokenizer
 
 DECODING = Decoding(max_new_tokens=8)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwen2audio_train"
 
-GROUND = ("layout", "errors", "config")
+GROUND = ("layout", "errors", "families", "config")
 DATA = (
     *("data.storage", "data.examples", "data.quarantine", "data.prompts", "data.manifests", "data.order", "data.audio"),
     *("data.samples", "data.loading", "data.tools"),
@@ -33,7 +33,7 @@ TOWERS = (
     (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", "parts", *TRAINING, "cli", "launch"),
 )
 """Rooms from the ground up. A room imports only what stands below it in each tower that it stands in: so `data` and
-`model` know nothing of each other, and `selfmade` knows `layout` and `config` alone."""
+`model` know nothing of each other, and `selfmade` knows the ground alone."""
 
 HOMES = {
     "trl": ("training/",),

@@ -45,7 +45,8 @@ from workload import (  # noqa: E402
 )
 
 from qwen2audio_train.data.prompts.render import Text  # noqa: E402
-from qwen2audio_train.layout import AUDIO_BOS_TOKEN, AUDIO_EOS_TOKEN, END_OF_TEXT_TOKEN, SAMPLING_RATE  # noqa: E402
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO  # noqa: E402
+from qwen2audio_train.layout import SAMPLING_RATE  # noqa: E402
 
 ROUNDS = 3
 TRAINING = {
@@ -121,8 +122,8 @@ def export(length_set: str, options: argparse.Namespace, folder: Path) -> None:
         path = folder / f"{number}.wav"
         soundfile.write(path, example.waveform, SAMPLING_RATE, subtype="FLOAT")
         texts = [piece for piece in example.rendered.trunk if isinstance(piece, Text)]
-        prompt = "".join(t.text for t in texts if not t.is_label and t.text not in (AUDIO_BOS_TOKEN, AUDIO_EOS_TOKEN))
-        target = "".join(t.text for t in texts if t.is_label).removesuffix(END_OF_TEXT_TOKEN)
+        prompt = "".join(t.text for t in texts if not t.is_label and t.text not in QWEN2_AUDIO.clip)
+        target = "".join(t.text for t in texts if t.is_label).removesuffix(QWEN2_AUDIO.text_end)
         messages = [{"role": "user", "content": f"<audio>{prompt}"}, {"role": "assistant", "content": target}]
         rows.append({"messages": messages, "audios": [str(path)]})
     rows *= 1 + ROUNDS

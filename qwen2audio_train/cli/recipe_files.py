@@ -16,7 +16,8 @@ from typing_extensions import override
 from qwen2audio_train.config.as_written import load_yaml
 from qwen2audio_train.config.keys import type_at
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tools import EvaluateConfig, ExportConfig
 
 
 class RecipeFiles(FileConfigSource):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from qwen2audio_train.config.bounds import at_least
+from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import NUM_MEL_BINS
 
 MAX_SEED = 2**32 - 1
@@ -263,7 +264,7 @@ class SampleRecipe:
     samples of that model: training, probes, evaluation, pairs and export. The defaults serve weights saved without it.
 
     Attributes:
-        num_mel_bins: of the model's encoder.
+        family, num_mel_bins: of the model; `model.family` names it.
     """
 
     prompt_style: PromptStyle = DataConfig.prompt_style
@@ -273,6 +274,7 @@ class SampleRecipe:
     labelled_turns: LabelledTurns = DataConfig.labelled_turns
     long_audio: LongAudio = DataConfig.long_audio
     num_mel_bins: int = NUM_MEL_BINS
+    family: str = DEFAULT.name
     cache_dir: str = DataConfig.cache_dir
     cache_max_gib: float = DataConfig.cache_max_gib
     network_retries: int = DataConfig.network_retries

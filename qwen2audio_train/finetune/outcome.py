@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from qwen2audio_train.evaluation.reporting.results import read_result
 from qwen2audio_train.evaluation.scoring.evaluate import plain
 from qwen2audio_train.evaluation.scoring.score import Row
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned, interval_text, value_text
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.finetune.corpus import Prepared
 from qwen2audio_train.finetune.plan import Plan
 
@@ -156,12 +158,12 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
 CARD = """---
 library_name: transformers
 pipeline_tag: audio-text-to-text
-tags: [qwen2_audio]
+tags: [{family}]
 ---
 # {name}
 
 `{start}`, fine-tuned ({adapter}, merged) on `{audio}`. Plain transformers loads this folder:
-`Qwen2AudioForConditionalGeneration.from_pretrained(...)` and `AutoProcessor.from_pretrained(...)`.
+`{model_class}.from_pretrained(...)` and `AutoProcessor.from_pretrained(...)`.
 
 ## Held-out results
 
@@ -188,7 +190,7 @@ torchrun launch/sft.py {arguments}
 
 def write_card(config: FinetuneConfig, summary: Mapping[str, Any], plan: Plan, command: str, folder: Path) -> None:
     """README.md of the export: where it comes from, what it was trained on, what it gained, and the exact command."""
-    clips = summary["clips"]
+    clips, family = summary["clips"], family_of(json.loads((folder / "config.json").read_text())["model_type"])
     rows = [HEADER, ["---"] * len(HEADER), *table_rows(summary)]
     text = CARD.format(
         name=config.name,
@@ -209,6 +211,8 @@ def write_card(config: FinetuneConfig, summary: Mapping[str, Any], plan: Plan, c
         replay=f"`{config.replay}` was mixed in with weight {config.replay_weight:g}.\n" if config.replay else "",
         command=command,
         arguments=shlex.join(plan.train),
+        family=family.name,
+        model_class=family.model_class,
         **clips,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

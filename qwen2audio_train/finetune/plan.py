@@ -14,11 +14,13 @@ from transformers import AutoConfig
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import ChatExample, Example, TaskExample, clips_of
+from qwen2audio_train.families.known import DEFAULT, FAMILIES
 from qwen2audio_train.finetune.corpus import Prepared
+from qwen2audio_train.layout import MAX_FRAMES, MAX_SAMPLES, SAMPLING_RATE
 from qwen2audio_train.training.checkpoints.bases import base_of
 from qwen2audio_train.training.checkpoints.folder import weights_folder
 
-AUDIO_TOKENS_PER_S = 25
+AUDIO_TOKENS_PER_S = DEFAULT.num_audio_tokens(MAX_FRAMES) / (MAX_SAMPLES / SAMPLING_RATE)
 CHARACTERS_PER_TOKEN = 3
 """Fewer than the four of English text, so that estimates err on the large side."""
 PROMPT_TOKENS = 40
@@ -91,7 +93,7 @@ def num_mel_bins(config: FinetuneConfig) -> list[str]:
         raise ConfigError(f"init_from={config.init_from}: no checkpoint to start from ({error})") from error
     except AttributeError:
         raise ConfigError(
-            f"init_from={config.init_from}: holds a model that hears nothing; expected qwen2_audio"
+            f"init_from={config.init_from}: holds a model that hears nothing; expected {' or '.join(FAMILIES)}"
         ) from None
     return [f"model.num_mel_bins={audio.num_mel_bins}"]
 

@@ -15,22 +15,15 @@ from peft import (
 )
 from safetensors import safe_open
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ConfigError
-from qwen2audio_train.model.freeze import PARTS, part_of
-from qwen2audio_train.model.packed import PackedQwen2Audio
-
-TARGETS = {
-    "language_model": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-    "audio_tower": r"model\.audio_tower\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|fc1|fc2)",
-    "multi_modal_projector": r"model\.multi_modal_projector\.linear",
-}
-"""The linear layers of each part, as a pattern that has to match a module's whole name. PEFT's lists of endings such as
-`q_proj` would hit the audio tower and the language model alike."""
+from qwen2audio_train.config.schema import PARTS, AdapterConfig, AdapterKind, ConfigError
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.model.freeze import part_of
+from qwen2audio_train.model.packed import PackedAudioLM
 
 
 def apply_adapter(
-    model: PackedQwen2Audio, cfg: AdapterConfig, *, autocast_adapter_dtype: bool = True
-) -> PackedQwen2Audio | PeftModel:
+    model: PackedAudioLM, cfg: AdapterConfig, *, autocast_adapter_dtype: bool = True
+) -> PackedAudioLM | PeftModel:
     """Freeze `model` and put new adapters on the parts in `cfg.modules`; without an adapter, `model` as it is.
 
     Args:
@@ -43,29 +36,34 @@ def apply_adapter(
         return model
     if cfg.kind is AdapterKind.qlora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, lora_config(cfg), autocast_adapter_dtype=autocast_adapter_dtype)
+    return get_peft_model(model, lora_config(cfg, model.family), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def lora_config(cfg: AdapterConfig) -> LoraConfig:
-    """PEFT's config of a recipe's `adapter`."""
-    for key, parts, known in (("modules", cfg.modules, TARGETS), ("modules_to_save", cfg.modules_to_save, PARTS)):
+def lora_config(cfg: AdapterConfig, family: Family) -> LoraConfig:
+    """PEFT's config of a recipe's `adapter`.
+
+    The linear layers are named by a pattern that has to match a module's whole name: PEFT's lists of endings such as
+    `q_proj` would hit the audio tower and the language model alike.
+    """
+    targets = family.adapter_targets
+    for key, parts, known in (("modules", cfg.modules, targets), ("modules_to_save", cfg.modules_to_save, PARTS)):
         unknown = sorted(set(parts) - set(known))
         if unknown:
             raise ConfigError(f"adapter.{key}: found {', '.join(unknown)}, expected some of {', '.join(known)}")
     if not cfg.modules:
-        raise ConfigError(f"adapter.modules: empty, expected some of {', '.join(TARGETS)}")
+        raise ConfigError(f"adapter.modules: empty, expected some of {', '.join(targets)}")
     return LoraConfig(
         r=cfg.r,
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
         use_dora=cfg.use_dora,
         use_rslora=cfg.use_rslora,
-        target_modules="|".join(TARGETS[part] for part in cfg.modules),
+        target_modules="|".join(targets[part] for part in cfg.modules),
         modules_to_save=list(cfg.modules_to_save) or None,
     )
 
 
-def check_same_adapter(cfg: AdapterConfig, folder: str) -> None:
+def check_same_adapter(cfg: AdapterConfig, folder: str, family: Family) -> None:
     """Compare a recipe's `adapter` with the saved one that is to be trained on.
 
     Raises:
@@ -73,14 +71,14 @@ def check_same_adapter(cfg: AdapterConfig, folder: str) -> None:
     """
     saved: Any = LoraConfig.from_pretrained(folder)
     with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if part_of(name)]  # noqa: SIM118
+        names = [name for name in file.keys() if part_of(name, family)]  # noqa: SIM118
     there = {
         "r": saved.r,
         "alpha": saved.lora_alpha,
         "use_dora": saved.use_dora,
         "use_rslora": saved.use_rslora,
-        "modules": sorted({part_of(name) for name in names if ".lora_" in name}),
-        "modules_to_save": sorted({part_of(name) for name in names if ".lora_" not in name}),
+        "modules": sorted({part_of(name, family) for name in names if ".lora_" in name}),
+        "modules_to_save": sorted({part_of(name, family) for name in names if ".lora_" not in name}),
     }
     for key, found in there.items():
         given = getattr(cfg, key)
@@ -93,7 +91,7 @@ def check_same_adapter(cfg: AdapterConfig, folder: str) -> None:
             )
 
 
-def load_adapter(model: PackedQwen2Audio, folder: str, *, trainable: bool, dropout: float | None = None) -> PeftModel:
+def load_adapter(model: PackedAudioLM, folder: str, *, trainable: bool, dropout: float | None = None) -> PeftModel:
     """`model` with the adapter that is saved in `folder`, and its dropout unless another is given."""
     config: Any = LoraConfig.from_pretrained(folder)
     if dropout is not None:
@@ -111,12 +109,12 @@ def adapter_names(model: PeftModel) -> dict[str, str]:
     return {saved: names[int(number)] for saved, number in get_peft_model_state_dict(model, numbers).items()}
 
 
-def merge_adapter(model: PeftModel) -> PackedQwen2Audio:
+def merge_adapter(model: PeftModel) -> PackedAudioLM:
     """The model with the adapter's weights added to its own.
 
     Raises:
         ValueError: the merged weights are not finite.
     """
     merged = model.merge_and_unload(safe_merge=True)
-    assert isinstance(merged, PackedQwen2Audio)
+    assert isinstance(merged, PackedAudioLM)
     return merged

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.layout import AUDIO_TOKEN
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 
 ENCODER_FIELDS = (
     "num_mel_bins",
@@ -72,5 +72,5 @@ def _joint_config(whisper: WhisperConfig, lm: PreTrainedModel, tokenizer: PreTra
     """Config of the joint model."""
     audio = {name: getattr(whisper, name) for name in ENCODER_FIELDS}
     text = lm.config.to_dict() | {"tie_word_embeddings": False}
-    audio_token_index = cast(int, tokenizer.convert_tokens_to_ids(AUDIO_TOKEN))
+    audio_token_index = cast(int, tokenizer.convert_tokens_to_ids(QWEN2_AUDIO.audio_token))
     return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_token_index)

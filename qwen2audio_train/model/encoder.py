@@ -1,6 +1,6 @@
-"""The audio tower over packed clips: every clip at its own length, no padding to 30 s.
+"""Qwen2-Audio's tower over packed clips: every clip at its own length, no padding to 30 s.
 
-Shape legend: A encoder windows ("clips" here), F mel columns in the slot layout of `layout.mel_columns`, d tower width,
+Shape legend: A encoder windows ("clips" here), F mel columns in the slot layout of `mel_columns`, d tower width,
 E frames after the convolutions over all clips, n audio tokens over all clips.
 
 Exact with regard to the stock encoder on a window padded to 30 s: the two mel frames after the end of a clip are part
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2AudioEncoder
 
-from qwen2audio_train.layout import mel_columns, num_audio_tokens, num_encoder_frames
+from qwen2audio_train.families.qwen2_audio import mel_columns, num_audio_tokens, num_encoder_frames
 
 
 class ClipIndex(NamedTuple):
@@ -85,7 +85,7 @@ def encode_frames(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor) ->
     if mel.size(-1) != len(index.outside):
         raise ValueError(
             f"mel has {mel.size(-1)} columns, clip_frames {clip_frames.tolist()} need {len(index.outside)}; "
-            "lay every clip out in layout.mel_columns(frames) columns"
+            "lay every clip out in mel_columns(frames) columns"
         )
     hidden = mel.unsqueeze(0).to(tower.conv1.weight.dtype)
     hidden = F.gelu(tower.conv1(hidden)).masked_fill(index.outside, 0.0)

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import Qwen2AudioEncoder
+from torch import Tensor, nn
 
 from qwen2audio_train.config.schema import ConfigError, StageConfig
-from qwen2audio_train.layout import mel_columns, num_audio_tokens
-from qwen2audio_train.model.encoder import encode_packed
+from qwen2audio_train.families.family import Family
+
+Listen = Callable[[Tensor, Tensor], Tensor]
+"""mel (num_mel_bins, F) and clip_frames (A,) -> the tower's outputs (n, d)."""
 
 
-def weights_digest(tower: Qwen2AudioEncoder) -> str:
+def weights_digest(tower: nn.Module) -> str:
     """SHA-256 over the names, types and values of the tower's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(tower.state_dict().items()):
@@ -58,11 +59,12 @@ def check_encoder_cache(config: StageConfig) -> None:
         raise ConfigError(f"model.encoder_cache_dir and {reason}, or unset model.encoder_cache_dir")
 
 
-def encoder_cache_of(config: StageConfig, tower: Qwen2AudioEncoder, ranks: int) -> EncoderCache | None:
+def encoder_cache_of(config: StageConfig, tower: nn.Module, family: Family, ranks: int) -> EncoderCache | None:
     """The cache that a recipe asks for, if it does, for a tower whose weights are loaded."""
     if config.model.encoder_cache_dir is None:
         return None
-    return EncoderCache(config.model.encoder_cache_dir, tower, int(config.model.encoder_cache_max_gib * 2**30), ranks)
+    max_bytes = int(config.model.encoder_cache_max_gib * 2**30)
+    return EncoderCache(config.model.encoder_cache_dir, tower, family, max_bytes, ranks)
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -77,22 +79,23 @@ class EncoderCache:
     Args:
         folder: made if it is not there.
         tower: frozen; its weights are read once, here.
+        family: whose tower it is.
         max_bytes: limit of the folder's size. Ranks that write at the same time each count their own share of it.
         ranks: how many processes write to the folder.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], tower: Qwen2AudioEncoder, max_bytes: int, ranks: int = 1
+        self, folder: str | os.PathLike[str], tower: nn.Module, family: Family, max_bytes: int, ranks: int = 1
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.family = Path(folder), family
         self.folder.mkdir(parents=True, exist_ok=True)
         self.digest = weights_digest(tower)
         present = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
         self.room = (max_bytes - present) // ranks
         self.hits = self.misses = 0
 
-    def encode(self, tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor) -> Tensor:
-        """What `encode_packed` gives, running the tower on the clips that are not in the folder.
+    def encode(self, listen: Listen, mel: Tensor, clip_frames: Tensor) -> Tensor:
+        """What `listen` gives, running the tower on the clips that are not in the folder.
 
         Args:
             mel: (num_mel_bins, F), clips in slot layout.
@@ -102,24 +105,24 @@ class EncoderCache:
             (n, d), clips in their order, without gradient.
         """
         frames = clip_frames.tolist()
-        slots = mel.split([mel_columns(f) for f in frames], dim=1)
+        slots = mel.split([self.family.mel_columns(f) for f in frames], dim=1)
         names = [self._name(slot, f) for slot, f in zip(slots, frames, strict=True)]
         found = [self._read(name) for name in names]
         missing = [i for i, entry in enumerate(found) if entry is None]
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
         if missing:
-            fresh = self._run(tower, [slots[i] for i in missing], clip_frames[missing])
+            fresh = self._run(listen, [slots[i] for i in missing], clip_frames[missing])
             for i, entry in zip(missing, fresh, strict=True):
                 self._write(names[i], entry)
                 found[i] = entry
         return torch.cat([entry.to(mel.device) for entry in found if entry is not None])
 
     @torch.no_grad()
-    def _run(self, tower: Qwen2AudioEncoder, slots: Sequence[Tensor], clip_frames: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, listen: Listen, slots: Sequence[Tensor], clip_frames: Tensor) -> tuple[Tensor, ...]:
         """Outputs of some clips, one by one."""
-        encoded = encode_packed(tower, torch.cat(list(slots), dim=1), clip_frames)
-        return encoded.split([num_audio_tokens(f) for f in clip_frames.tolist()])
+        encoded = listen(torch.cat(list(slots), dim=1), clip_frames)
+        return encoded.split([self.family.num_audio_tokens(f) for f in clip_frames.tolist()])
 
     def _name(self, slot: Tensor, frames: int) -> Path:
         """File of a clip: what goes in, through which weights, in which precision."""

@@ -8,36 +8,32 @@ from typing import Any
 
 from torch import nn
 
-from qwen2audio_train.config.schema import ConfigError, FreezeConfig
-from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
-
-PARTS = ("audio_tower", "multi_modal_projector", "language_model", "embed_tokens", "lm_head")
-"""Disjoint parts that together hold every parameter; `language_model` leaves its `embed_tokens` out."""
-
-_PART = re.compile(r"(?:^|\.)(audio_tower|multi_modal_projector|embed_tokens|language_model|lm_head|ctc_head)(?=\.)")
-_ENCODER_LAYER = re.compile(r"(?:^|\.)audio_tower\.(?:.*\.)?layers\.(\d+)\.")
+from qwen2audio_train.config.schema import PARTS, ConfigError, FreezeConfig
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.model.ctc import HEAD
+from qwen2audio_train.model.packed import unwrap
 
 
-def part_of(name: str) -> str:
-    """Part that the parameter `name` belongs to, bare or inside a PEFT wrapper.
+def part_of(name: str, family: Family) -> str:
+    """Part (of `config.schema.PARTS`) that the parameter `name` belongs to, bare or inside a PEFT wrapper.
+
+    The parts are disjoint and together hold every parameter; `language_model` leaves its `embed_tokens` out.
 
     Raises:
         ValueError: the name has no part in it.
     """
-    found = _PART.findall(name)
-    if not found:
-        raise ValueError(f"parameter {name} belongs to none of {', '.join(PARTS)}")
-    if found == ["ctc_head"]:  # it reads what the projector writes
+    if f".{HEAD}" in f".{name}":  # it reads what the projector writes
         return "multi_modal_projector"
-    return "embed_tokens" if "embed_tokens" in found else str(found[0])
+    return family.part_of(name)
 
 
-def set_trainable(model: PackedQwen2Audio, freeze: FreezeConfig) -> None:
+def set_trainable(model: nn.Module, freeze: FreezeConfig) -> None:
     """Freeze the parts that `freeze` names and train the others; the encoder's fixed positions stay fixed."""
+    family = unwrap(model).family
     for name, parameter in model.named_parameters():
-        positions = name.endswith("embed_positions.weight")
+        fixed = name.endswith(family.fixed)
         quantised = not parameter.is_floating_point()
-        parameter.requires_grad_(not positions and not quantised and not getattr(freeze, part_of(name)))
+        parameter.requires_grad_(not fixed and not quantised and not getattr(freeze, part_of(name, family)))
 
 
 def parameter_groups(
@@ -52,7 +48,7 @@ def parameter_groups(
 
     Biases and norm weights (fewer than two dimensions) are not decayed. In the encoder the top layer and the norm above
     it have the tower's rate, every layer below `encoder_layer_decay` times that of the one above it, and the
-    convolutions are one layer below the first.
+    stem (its convolutions) is one layer below the first.
 
     Args:
         learning_rate: rate of parts that `learning_rates` (part to rate) does not name.
@@ -63,18 +59,19 @@ def parameter_groups(
     Raises:
         ValueError: `learning_rates` names an unknown part, or one without a trainable parameter.
     """
+    family = unwrap(model).family
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    idle = set(learning_rates) - {part_of(name) for name, _ in trainable}
+    idle = set(learning_rates) - {part_of(name, family) for name, _ in trainable}
     if idle:
         raise ConfigError(
             f"optimizer.learning_rates: {', '.join(sorted(idle))} has no trainable parameter; "
             f"known parts are {', '.join(PARTS)}, and a frozen one takes no rate"
         )
-    layers = len(unwrap(model).model.audio_tower.layers)
+    layers = unwrap(model).model.num_encoder_layers
     groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
     for name, parameter in trainable:
-        part = part_of(name)
-        below_top = _layers_below_top(name, layers) if part == "audio_tower" else 0
+        part = part_of(name, family)
+        below_top = _layers_below_top(name, layers, family) if part == "audio_tower" else 0
         # ZeRO-3 leaves an empty tensor behind and keeps the true shape beside it.
         decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
         group = groups.setdefault(
@@ -90,8 +87,8 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _layers_below_top(name: str, layers: int) -> int:
-    """How many layers an encoder parameter lies below the top one; `layers` for the convolutions."""
-    if match := _ENCODER_LAYER.search(name):
+def _layers_below_top(name: str, layers: int, family: Family) -> int:
+    """How many layers an encoder parameter lies below the top one; `layers` for what lies below the first."""
+    if match := re.search(family.encoder_layer, name):
         return layers - 1 - int(match[1])
-    return layers if re.search(r"\.conv[12]\.", name) else 0
+    return layers if re.search(family.encoder_stem, name) else 0

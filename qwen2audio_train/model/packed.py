@@ -1,7 +1,7 @@
-"""Qwen2-Audio on packed batches: encoder at real lengths, segments end to end in one row, labels only at the LM head.
+"""Audio language models on packed batches: encoder at real lengths, segments end to end, labels only at the LM head.
 
-The classes hold the weights of transformers' Qwen2-Audio under the same names and behave like it when they get its
-arguments. A batch with `cu_q` among its keys is a packed one.
+The classes here are mixed into transformers' own of a family (see `qwen2_audio`): they hold the weights under the same
+names and behave like them when they get their arguments. A batch with `cu_q` among its keys is a packed one.
 
 Shape legend: N tokens of the row, M labels, S segments, A clips, F mel columns, n audio tokens, d width of the language
 model. A preference batch has B pairs in rows of T tokens besides.
@@ -11,46 +11,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from typing_extensions import override
 
-from qwen2audio_train.layout import MIN_FRAMES, mel_columns, num_audio_tokens
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.layout import MIN_FRAMES
 from qwen2audio_train.model.attention import PACKED_ATTENTION, register_packed_attention
 from qwen2audio_train.model.ctc import CtcHead
-from qwen2audio_train.model.encoder import encode_packed
 from qwen2audio_train.model.encoder_cache import EncoderCache
 from qwen2audio_train.model.loss import LabelHead, LabelObjective, label_nll
 from qwen2audio_train.model.outputs import PackedHidden, PackedOutput
 
-STOCK_ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
-"""What a saved config names as its class, so that plain transformers loads it."""
 
-PUBLISHED_NAMES = {
-    r"^language_model.lm_head": "lm_head",
-    r"^language_model.model": "model.language_model",
-    r"^audio_tower": "model.audio_tower",
-    r"^multi_modal_projector": "model.multi_modal_projector",
-}
-"""Where weights of the published checkpoints (transformers 4) lie in the modules of transformers 5."""
+class PackedBackbone(PreTrainedModel):
+    """A family's model without LM head, on packed or stock arguments.
 
-BLOCKS = ["Qwen2AudioEncoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer"]
-"""Units that are wrapped, compiled and checkpointed as a whole."""
+    The family's class says how its tower listens (`listen`) and what projects (`project`); it has a `language_model`,
+    and as `audio_tower` the module whose frozen outputs may be kept.
+    """
 
-
-class PackedQwen2AudioModel(Qwen2AudioModel):
-    """Qwen2-Audio without LM head, on packed or stock arguments."""
-
-    _no_split_modules = BLOCKS
+    family: ClassVar[Family]
+    audio_tower: Any
+    language_model: Any
     encoder_cache: EncoderCache | None = None
     """Outputs of the frozen tower on disk, if the run keeps them."""
 
@@ -60,6 +52,18 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
         if cu_q is None:
             return cast(BaseModelOutputWithPast, super().forward(*args, **kwargs))
         return self.forward_packed(*args, cu_q=cu_q, **kwargs)
+
+    def listen(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+        """What the tower makes of packed clips (n, tower width), before the projector."""
+        raise NotImplementedError
+
+    def project(self, audio: Tensor) -> Tensor:
+        """That (n, tower width) as embeddings of the language model (n, d)."""
+        raise NotImplementedError
+
+    def rotary_positions(self, positions: Tensor) -> Tensor:
+        """The batch's positions (1, N) as the language model takes them."""
+        return positions
 
     def forward_packed(
         self,
@@ -95,7 +99,7 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
         embeds = self.place(ids, audio, audio_slot)
         hidden = self.language_model(
             inputs_embeds=embeds,
-            position_ids=positions,
+            position_ids=None if positions is None else self.rotary_positions(positions),
             attention_mask=embeds.new_empty(1, 1, 0, 0),  # with four dimensions, every family takes it as it is
             use_cache=False,
             cu_q=cu_q,
@@ -118,7 +122,7 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
         Every rank has to run the same modules: a pack without audio runs them on a clip that weighs nothing.
         """
         if len(clip_frames) == 0:
-            mel = mel.new_zeros(mel.size(0), mel_columns(MIN_FRAMES))
+            mel = mel.new_zeros(mel.size(0), self.family.mel_columns(MIN_FRAMES))
             clip_frames = clip_frames.new_tensor([MIN_FRAMES])
         return self.encode(mel, clip_frames)
 
@@ -142,29 +146,41 @@ class PackedQwen2AudioModel(Qwen2AudioModel):
         if len(audio_slot) != len(audio):
             raise ValueError(
                 f"audio_slot names {len(audio_slot)} places, the clips have {len(audio)} audio tokens; give every clip "
-                "layout.num_audio_tokens(frames) placeholders"
+                "family.num_audio_tokens(frames) placeholders"
             )
         flat = embeds.flatten(0, 1).index_copy(0, audio_slot, audio)
         return cast(Tensor, flat.view_as(embeds))
 
     def encode(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
-        """Projected audio embeddings (n, d) of packed clips; see `encoder.encode_packed`.
+        """Projected audio embeddings (n, d) of packed clips.
 
         A frozen tower keeps neither graph nor activations.
         """
-        trains = any(p.requires_grad for p in self.audio_tower.parameters())
+        trains = any(p.requires_grad for p in self.tower_parameters())
         if self.encoder_cache is not None and not trains:
-            audio = self.encoder_cache.encode(self.audio_tower, mel, clip_frames)
+            audio = self.encoder_cache.encode(self.listen, mel, clip_frames)
         else:
             with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-                audio = encode_packed(self.audio_tower, mel, clip_frames)
-        return cast(Tensor, self.multi_modal_projector(audio))
+                audio = self.listen(mel, clip_frames)
+        return self.project(audio)
+
+    @property
+    def num_encoder_layers(self) -> int:
+        """Layers of the tower, between its stem and its last norm."""
+        return len(self.audio_tower.layers)
+
+    def tower_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the part `audio_tower`, without a projector that lies in it."""
+        for name, parameter in self.audio_tower.named_parameters(prefix=self.family.parts["audio_tower"]):
+            if self.family.part_of(name) == "audio_tower":
+                yield parameter
 
 
-class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
-    """Qwen2-Audio with LM head, on packed or stock arguments; saved and loaded under the stock name."""
+class PackedAudioLM(PreTrainedModel):
+    """A family's model with LM head, on packed or stock arguments; saved and loaded under the stock name."""
 
-    _no_split_modules = BLOCKS
+    family: ClassVar[Family]
+    backbone: ClassVar[type[PackedBackbone]]
 
     checkpointed_parts: tuple[str, ...] = ("audio_tower", "language_model")
     """Parts whose layers recompute their activations when gradient checkpointing is on."""
@@ -178,17 +194,20 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
     checkpoint_function: Callable[..., Any] | None = None
     """How they do, set by `activation_checkpointing.set_activation_checkpointing`; None: as transformers asks."""
 
-    def __init__(self, config: Qwen2AudioConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         register_packed_attention()
-        register_weight_names()
+        register_weight_names(type(self))
         config._attn_implementation = PACKED_ATTENTION
         text = cast(PreTrainedConfig, config.text_config)
         # Not the stock __init__, which would build the stock parts first.
-        super(Qwen2AudioForConditionalGeneration, self).__init__(config)
-        self.model = PackedQwen2AudioModel(config)
+        PreTrainedModel.__init__(self, config)
+        self.model = self.backbone(config)
         self.lm_head = LabelHead(text.hidden_size, text.vocab_size, bias=False)
         self.ctc_head = None
         self.post_init()
+
+    def set_fixed_weights(self) -> None:
+        """Give weights that are never trained their values, where a config alone makes them random."""
 
     def attach_ctc_head(self, head: CtcHead) -> None:
         """Read the audio embeddings as tokens besides; `save_pretrained` leaves the head out."""
@@ -221,7 +240,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
             source_id: (M,) not looked at here.
             objective: what to sum instead of weight x nll; it sees the nll at `temperature`.
             temperature: divisor of the logits.
-            batch: what `PackedQwen2AudioModel.forward_packed` takes, and `transcript`, `transcript_length` and `others`
+            batch: what `PackedBackbone.forward_packed` takes, and `transcript`, `transcript_length` and `others`
                 of `CtcHead` where the model has one.
         """
         if not self.runs_language_model:
@@ -242,7 +261,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         output = PackedOutput(ctc_sum=self._ctc_sum(audio, clip_frames, **batch))
         output.audio_norms = torch.stack((norms.sum(), (norms > 0).sum().float()))
         if not self.training and self.ctc_head is not None:
-            output.read = self.ctc_head.read(audio, _lengths(clip_frames), self.get_input_embeddings())
+            output.read = self.ctc_head.read(audio, self._lengths(clip_frames), self.get_input_embeddings())
         return output
 
     def _ctc_sum(
@@ -256,7 +275,9 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
     ) -> Tensor:
         assert self.ctc_head is not None
         embed = self.get_input_embeddings()
-        return cast(Tensor, self.ctc_head(audio, _lengths(clip_frames), transcript, transcript_length, embed, others))
+        return cast(
+            Tensor, self.ctc_head(audio, self._lengths(clip_frames), transcript, transcript_length, embed, others)
+        )
 
     @override
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
@@ -277,7 +298,7 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         # With this attribute transformers writes the names that it happened to read.
         self.__dict__.pop("_weight_conversions", None)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        self.config.architectures = [STOCK_ARCHITECTURE]
+        self.config.architectures = [self.family.model_class]
         if is_main_process:
             self.config.save_pretrained(save_directory)
             self._say_whether_tied(Path(save_directory) / "config.json")
@@ -292,32 +313,31 @@ class PackedQwen2Audio(Qwen2AudioForConditionalGeneration):
         values["tie_word_embeddings"] = values["text_config"]["tie_word_embeddings"] = tied
         file.write_text(json.dumps(values, indent=2) + "\n")
 
+    def _lengths(self, clip_frames: Tensor) -> list[int]:
+        """Audio tokens of each clip."""
+        return [self.family.num_audio_tokens(frames) for frames in clip_frames.tolist()]
 
-def _lengths(clip_frames: Tensor) -> list[int]:
-    """Audio tokens of each clip."""
-    return [num_audio_tokens(frames) for frames in clip_frames.tolist()]
 
+def register_weight_names(model: type[PackedAudioLM]) -> None:
+    """Tell transformers that a class reads and writes the published names; calling it again changes nothing.
 
-def register_weight_names() -> None:
-    """Tell transformers that our classes read and write the published names; calling it again changes nothing.
-
-    The published checkpoints bear the names of transformers 4. The mapping is spelled out for the whole model, since
+    The mapping is spelled out for the whole model, since
     transformers' own is split over two classes and differs from release to release.
     """
     names: list[WeightConverter | WeightRenaming] = [
-        WeightRenaming(source_patterns=old, target_patterns=new) for old, new in PUBLISHED_NAMES.items()
+        WeightRenaming(source_patterns=old, target_patterns=new) for old, new in model.family.published_names.items()
     ]
-    register_checkpoint_conversion_mapping(PackedQwen2Audio.__name__, names, overwrite=True)
-    register_checkpoint_conversion_mapping(PackedQwen2AudioModel.__name__, [], overwrite=True)
+    register_checkpoint_conversion_mapping(model.__name__, names, overwrite=True)
+    register_checkpoint_conversion_mapping(model.backbone.__name__, [], overwrite=True)
 
 
-def unwrap(model: nn.Module) -> PackedQwen2Audio:
+def unwrap(model: nn.Module) -> PackedAudioLM:
     """The model inside DDP, DeepSpeed, PEFT and torch.compile wrappers.
 
     Raises:
         TypeError: there is none.
     """
-    found = [m for m in model.modules() if isinstance(m, PackedQwen2Audio)]
+    found = [m for m in model.modules() if isinstance(m, PackedAudioLM)]
     if len(found) != 1:
-        raise TypeError(f"expected one PackedQwen2Audio inside {type(model).__name__}, found {len(found)}")
+        raise TypeError(f"expected one PackedAudioLM inside {type(model).__name__}, found {len(found)}")
     return found[0]

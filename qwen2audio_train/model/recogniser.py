@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from qwen2audio_train.layout import num_audio_tokens
+from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.families.qwen2_audio import num_audio_tokens
 from qwen2audio_train.model.encoder import encode_frames
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.packed import PackedAudioLM
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 
 
 class Recogniser(nn.Module):
@@ -27,7 +29,10 @@ class Recogniser(nn.Module):
 
     spoken: Tensor
 
-    def __init__(self, audio: PackedQwen2Audio, vocab_size: int, special_ids: list[int]) -> None:
+    def __init__(self, audio: PackedAudioLM, vocab_size: int, special_ids: list[int]) -> None:
+        if not isinstance(audio, PackedQwen2Audio):
+            known = PackedQwen2Audio.family.name
+            raise ConfigError(f"model.family={audio.family.name}: the stage encoder reads the frames of {known} alone")
         super().__init__()
         width = audio.model.audio_tower.layer_norm.normalized_shape[0]
         self.audio = audio

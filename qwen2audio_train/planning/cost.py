@@ -10,17 +10,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Qwen2AudioConfig
+from transformers import PreTrainedConfig
 
 from qwen2audio_train.errors import UserError
-from qwen2audio_train.layout import (
-    MAX_FRAMES,
-    num_audio_tokens,
-    num_encoder_frames,
-    num_frames,
-    num_samples_of,
-    window_samples,
-)
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT, family_of
+from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of, window_samples
 
 ORDER = ("audio_tower", "multi_modal_projector", "language_model", "lm_head")
 """The parts that compute, in the order of the forward pass."""
@@ -61,14 +56,16 @@ def packed_load(clip_frames: Sequence[int], segment_lengths: Sequence[int], labe
     return Load(tuple(clip_frames), sum(segment_lengths), pairs, labels)
 
 
-def sample_load(clip_s: float, label_tokens: int, prompt_tokens: int, answers: int = 1) -> Load:
+def sample_load(
+    clip_s: float, label_tokens: int, prompt_tokens: int, answers: int = 1, family: Family = DEFAULT
+) -> Load:
     """The load of one sample with a single clip, of as many windows as it needs.
 
     Args:
         label_tokens: of each answer; several answers share the clip and the prompt, as the branches of a tree.
     """
     frames = [num_frames(n) for n in window_samples(num_samples_of(clip_s))] if clip_s else []
-    trunk = sum(num_audio_tokens(f) for f in frames) + prompt_tokens
+    trunk = sum(family.num_audio_tokens(f) for f in frames) + prompt_tokens
     if answers == 1:
         return packed_load(frames, [trunk + label_tokens], label_tokens)
     pairs = trunk * (trunk + 1) // 2 + answers * (label_tokens * trunk + label_tokens * (label_tokens + 1) // 2)
@@ -80,13 +77,13 @@ def repeated(load: Load, times: int) -> Load:
     return Load(load.clip_frames * times, load.tokens * times, load.pairs * times, load.labels * times)
 
 
-def encoder_flops(audio: Any, frames: int) -> int:
+def encoder_flops(audio: Any, frames: int, family: Family = DEFAULT) -> int:
     """Forward operations of the audio tower on one clip of `frames` mel frames.
 
     Args:
-        audio: a `Qwen2AudioEncoderConfig`.
+        audio: the encoder's config, with the fields of Whisper's.
     """
-    d, steps = audio.d_model, num_encoder_frames(frames)
+    d, steps = audio.d_model, family.num_encoder_frames(frames)
     convolutions = 2 * 3 * d * (audio.num_mel_bins * frames + d * steps)
     linear = steps * (8 * d * d + 4 * d * audio.encoder_ffn_dim)
     attention = 4 * steps * steps * d
@@ -109,31 +106,34 @@ def head_dim(text: Any) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def forward_flops(config: Qwen2AudioConfig, load: Load) -> dict[str, int]:
+def forward_flops(config: PreTrainedConfig, load: Load) -> dict[str, int]:
     """Forward operations of each part on a packed load: clips at their length, labels alone at the head."""
     audio: Any = config.audio_config
     text: Any = config.text_config
-    audio_tokens = sum(num_audio_tokens(f) for f in load.clip_frames)
+    family = family_of(config.model_type)
+    audio_tokens = sum(family.num_audio_tokens(f) for f in load.clip_frames)
     per_pair = 4 * text.num_attention_heads * head_dim(text) * text.num_hidden_layers
     return {
-        "audio_tower": sum(encoder_flops(audio, f) for f in load.clip_frames),
+        "audio_tower": sum(encoder_flops(audio, f, family) for f in load.clip_frames),
         "multi_modal_projector": 2 * audio.d_model * text.hidden_size * audio_tokens,
         "language_model": load.tokens * token_flops(text) + load.pairs * per_pair,
         "lm_head": 2 * text.hidden_size * text.vocab_size * load.labels,
     }
 
 
-def padded_forward_flops(config: Qwen2AudioConfig, load: Load) -> dict[str, int]:
+def padded_forward_flops(config: PreTrainedConfig, load: Load) -> dict[str, int]:
     """The same load through the stock model: clips padded to 30 s, every token at the head, no padded rows."""
     flops = forward_flops(config, load)
     text: Any = config.text_config
-    flops["audio_tower"] = len(load.clip_frames) * encoder_flops(config.audio_config, MAX_FRAMES)
+    flops["audio_tower"] = len(load.clip_frames) * encoder_flops(
+        config.audio_config, MAX_FRAMES, family_of(config.model_type)
+    )
     flops["lm_head"] = 2 * text.hidden_size * text.vocab_size * load.tokens
     return flops
 
 
 def training_flops(
-    config: Qwen2AudioConfig,
+    config: PreTrainedConfig,
     load: Load,
     *,
     trained: Collection[str] = ORDER,

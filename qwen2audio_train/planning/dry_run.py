@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from qwen2audio_train.config.data import SourceConfig
-from qwen2audio_train.config.schema import DeepSpeedConfig, StageConfig
+from qwen2audio_train.config.schema import PARTS, DeepSpeedConfig, StageConfig
 from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.manifests.manifest import parse_manifest
@@ -16,10 +16,11 @@ from qwen2audio_train.data.prompts.render import Text
 from qwen2audio_train.data.samples.recipe import recipe_of, render_as
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.evaluation.scoring.table import aligned
-from qwen2audio_train.layout import num_clip_tokens, num_samples_of
+from qwen2audio_train.families.known import family_of
+from qwen2audio_train.layout import num_samples_of
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.build import build_meta_model
-from qwen2audio_train.model.freeze import PARTS, part_of, set_trainable
+from qwen2audio_train.model.freeze import part_of, set_trainable
 from qwen2audio_train.training.stages.arguments import forwards_per_step, training_arguments, world_size
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -113,7 +114,7 @@ def parameter_counts(config: StageConfig) -> tuple[dict[str, int], dict[str, int
     adapted = apply_adapter(model, config.adapter)
     total, trained, adapter = (dict.fromkeys(PARTS, 0) for _ in range(3))
     for name, parameter in adapted.named_parameters():
-        part, size = part_of(name), parameter.numel()
+        part, size = part_of(name, model.family), parameter.numel()
         if id(parameter) not in own:
             adapter[part] += size
             continue
@@ -159,9 +160,10 @@ def manifest_counts(files: list[Path], config: StageConfig) -> Counts:
             else:
                 examples.append(item)
     durations = [clip.duration_s or 0.0 for example in examples for clip in clips_of(example)]
-    audio = sum(num_clip_tokens(num_samples_of(duration)) for duration in durations if duration > 0)
+    family = family_of(config.model.family)
+    audio = sum(family.num_clip_tokens(num_samples_of(duration)) for duration in durations if duration > 0)
     characters = {True: 0, False: 0}
-    samples = recipe_of(config.data, config.model.num_mel_bins)
+    samples = recipe_of(config.data, config.model.num_mel_bins, family.name)
     for example in examples:
         try:
             rendered = render_as(samples, example)

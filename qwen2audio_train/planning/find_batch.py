@@ -15,12 +15,13 @@ from torch import Tensor
 from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.layout import mel_columns, num_audio_tokens
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
-from qwen2audio_train.model.build import architecture_config
+from qwen2audio_train.model.build import MODELS, architecture_config
 from qwen2audio_train.model.freeze import set_trainable
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.packed import PackedAudioLM
 from qwen2audio_train.planning.dry_run import Plan, gib
 from qwen2audio_train.planning.forecast import PlanOptions, Typical, typical_sample
 from qwen2audio_train.planning.peak_memory import PeakMemory
@@ -137,7 +138,7 @@ def stepper(plan: Plan, typical: Typical, forwards: int) -> tuple[Callable[[int]
 
     def step(samples: int) -> None:
         optimizer.zero_grad()
-        batch = random_pack(typical, samples, config.model.num_mel_bins)
+        batch = random_pack(typical, samples, config.model.num_mel_bins, family_of(config.model.family))
         inputs = {name: value.to(device()) for name, value in batch.items()}
         for _ in range(forwards):
             with torch.autocast(device().type, torch.bfloat16, enabled=bool(arguments.bf16)):
@@ -151,20 +152,20 @@ def stepper(plan: Plan, typical: Typical, forwards: int) -> tuple[Callable[[int]
     return step, optimizer
 
 
-def random_model(config: StageConfig) -> PackedQwen2Audio:
+def random_model(config: StageConfig) -> PackedAudioLM:
     """The architecture of a recipe with random weights on the device, frozen as it says."""
     with torch.device(device()):
-        model: PackedQwen2Audio = PackedQwen2Audio._from_config(
+        model: PackedAudioLM = MODELS[config.model.family]._from_config(
             architecture_config(config.model, None), dtype=getattr(torch, config.model.dtype.value)
         )
     set_trainable(model, config.model.freeze)
     return model
 
 
-def random_pack(typical: Typical, samples: int, num_mel_bins: int) -> dict[str, Tensor]:
+def random_pack(typical: Typical, samples: int, num_mel_bins: int, family: Family) -> dict[str, Tensor]:
     """So many samples of random audio and text end to end."""
     frames = typical.load.clip_frames
-    audio = sum(num_audio_tokens(f) for f in frames)
+    audio = sum(family.num_audio_tokens(f) for f in frames)
     length = audio + typical.prompt_tokens + typical.label_tokens
     rng = np.random.default_rng(0)
     sample = Sample(
@@ -174,7 +175,8 @@ def random_pack(typical: Typical, samples: int, num_mel_bins: int) -> dict[str, 
         input_ids=rng.integers(0, 256, length),
         label_mask=np.arange(length) >= length - typical.label_tokens,
         audio_slot=np.arange(audio),
-        mels=tuple(rng.standard_normal((num_mel_bins, mel_columns(f)), dtype=np.float32) for f in frames),
+        mels=tuple(rng.standard_normal((num_mel_bins, family.mel_columns(f)), dtype=np.float32) for f in frames),
         clip_frames=frames,
+        position_ids=family.positions(length, np.arange(audio)),
     )
     return pack([sample] * samples, num_mel_bins=num_mel_bins)

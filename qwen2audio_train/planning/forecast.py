@@ -10,6 +10,8 @@ from qwen2audio_train.config.bounds import at_least
 from qwen2audio_train.config.preference import Objective, Reference
 from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, Stage, StageConfig
 from qwen2audio_train.evaluation.scoring.table import aligned
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.model.build import architecture_config
 from qwen2audio_train.planning.cost import (
     MEMORY_BYTES,
@@ -71,10 +73,11 @@ class Typical:
     label_tokens: int
     answers: int
     origin: str
+    family: Family = DEFAULT
 
     @property
     def load(self) -> Load:
-        return sample_load(self.clip_s, self.label_tokens, self.prompt_tokens, self.answers)
+        return sample_load(self.clip_s, self.label_tokens, self.prompt_tokens, self.answers, self.family)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def typical_sample(plan: Plan, options: PlanOptions) -> Typical:
         found[name] = value
         origins.append(f"{name} {value:.4g} ({origin})")
     prompt, label = max(round(found["prompt_tokens"]), 1), max(round(found["label_tokens"]), 1)
-    return Typical(found["clip_s"], prompt, label, answers, ", ".join(origins))
+    family = family_of(plan.config.model.family)
+    return Typical(found["clip_s"], prompt, label, answers, ", ".join(origins), family)
 
 
 def mean_sample(sources: Iterable[tuple[Counts, float]]) -> dict[str, float]:

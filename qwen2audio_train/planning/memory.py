@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Qwen2AudioConfig
+from transformers import PreTrainedConfig
 
-from qwen2audio_train.layout import num_audio_tokens, num_encoder_frames
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.model.loss import chunk_rows
 from qwen2audio_train.planning.cost import Load, head_dim
 
@@ -89,7 +89,7 @@ class Memory:
 
 
 def step_memory(
-    config: Qwen2AudioConfig,
+    config: PreTrainedConfig,
     load: Load,
     parameters: Mapping[str, int],
     *,
@@ -148,7 +148,7 @@ LINEAR_PARTS = {"audio_tower", "multi_modal_projector", "language_model", "lm_he
 
 
 def activation_bytes(
-    config: Qwen2AudioConfig,
+    config: PreTrainedConfig,
     load: Load,
     *,
     flows: Collection[str],
@@ -163,8 +163,8 @@ def activation_bytes(
     """
     audio: Any = config.audio_config
     text: Any = config.text_config
-    stream = PRECISIONS[precision].stream
-    frames = sum(num_encoder_frames(f) for f in load.clip_frames)
+    stream, family = PRECISIONS[precision].stream, family_of(config.model_type)
+    frames = sum(family.num_encoder_frames(f) for f in load.clip_frames)
     tower, one_encoder_layer = 0, 0
     if "audio_tower" in flows:
         whole = frames * encoder_layer_bytes(audio, precision)
@@ -177,7 +177,7 @@ def activation_bytes(
     recomputed = "language_model" in checkpointed
     products = selective * decoder_product_bytes(text, precision)
     kept = load.tokens * (stream * text.hidden_size + products) if recomputed else whole
-    merged = stream * text.hidden_size * (load.tokens + sum(num_audio_tokens(f) for f in load.clip_frames))
+    merged = stream * text.hidden_size * (load.tokens + sum(family.num_audio_tokens(f) for f in load.clip_frames))
     language_model = merged + text.num_hidden_layers * kept + whole * recomputed
     # The tower's layers are computed again when nothing is left of the language model's.
     return int(tower + max(language_model, one_encoder_layer))
@@ -221,7 +221,7 @@ def decoder_product_bytes(text: Any, precision: str = "bfloat16") -> int:
     return int(PRECISIONS[precision].matmul * (heads + 2 * text.hidden_size + 2 * text.intermediate_size))
 
 
-def head_bytes(config: Qwen2AudioConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:
+def head_bytes(config: PreTrainedConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:
     """Bytes of the scoring of labels: one chunk of logits, in float32 too, their gradient, and both gradients of it.
 
     That of the head is summed in float32.

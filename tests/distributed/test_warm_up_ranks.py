@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training_ranks import figures, furthest
 from tests.distributed.train_worker import Job, as_json, run

@@ -16,7 +16,7 @@ from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, Checkpoin
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.freeze import set_trainable
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config
 
 STEPS, WORLD, RATE = 2, 2, 0.1

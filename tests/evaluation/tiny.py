@@ -16,7 +16,7 @@ from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.data.samples.sample import Sample, build_sample
 from qwen2audio_train.evaluation.decoding.generate import stop_ids
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 
 MEL_BINS = 16
 SAMPLES = SampleRecipe(num_mel_bins=MEL_BINS)

@@ -11,7 +11,8 @@ from qwen2audio_train.cli.compose import LAUNCH as LAUNCH
 from qwen2audio_train.cli.compose import RECIPES as RECIPES
 from qwen2audio_train.cli.compose import compose
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import EvaluateConfig, ExportConfig, StageConfig
+from qwen2audio_train.config.schema import StageConfig
+from qwen2audio_train.config.tools import EvaluateConfig, ExportConfig
 
 ROOT = Path(__file__).parents[2]
 

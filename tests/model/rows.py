@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2AudioConfig
 
-from qwen2audio_train.layout import MAX_FRAMES, mel_columns, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import mel_columns, num_audio_tokens
+from qwen2audio_train.layout import MAX_FRAMES
 
 AUDIO_ID = 150
 VOCAB = 160

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, CheckpointingPolicy
-from qwen2audio_train.layout import num_encoder_frames
+from qwen2audio_train.families.qwen2_audio import num_encoder_frames
 from qwen2audio_train.model.activation_checkpointing import _policy, set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from qwen2audio_train.planning.memory import decoder_product_bytes, encoder_product_bytes
 from tests.model.rows import pack, random_row, tiny_config
 

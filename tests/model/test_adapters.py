@@ -10,7 +10,8 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
-from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
+from qwen2audio_train.model.packed import unwrap
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import pack, pad, random_row, tiny_config
 
 PARTS = ["language_model", "audio_tower", "multi_modal_projector"]

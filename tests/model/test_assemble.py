@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from qwen2audio_train.config.schema import ModelConfig, ModelKind
-from qwen2audio_train.layout import AUDIO_TOKEN, SPECIAL_TOKENS
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
 from qwen2audio_train.model.build import add_special_tokens, build_model
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import slot
 from tests.tiny_parts import TEXT, VOCAB, write_language_model, write_whisper
 
@@ -83,10 +83,10 @@ def test_vocabulary_grows_by_the_audio_tokens_and_no_old_row_changes(tmp_path: P
     lm = write_language_model(tmp_path / "lm", "qwen2", tied=True)
     words = add_special_tokens(tokenizer(VOCAB))
     model = build_model(recipe(tmp_path), tokenizer=words)
-    assert len(words) == VOCAB + len(SPECIAL_TOKENS) - 1
+    assert len(words) == VOCAB + len(QWEN2_AUDIO.special_tokens) - 1
     embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
     assert len(embedding) == len(head) == len(words)
-    assert model.config.audio_token_index == words.convert_tokens_to_ids(AUDIO_TOKEN)
+    assert model.config.audio_token_index == words.convert_tokens_to_ids(QWEN2_AUDIO.audio_token)
     assert torch.equal(embedding[:VOCAB], lm.get_input_embeddings().weight)
     assert torch.equal(head, embedding)
     assert head.data_ptr() != embedding.data_ptr()

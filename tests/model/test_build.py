@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from qwen2audio_train.config.schema import ConfigError, Dtype, ModelConfig, ModelKind
-from qwen2audio_train.layout import AUDIO_TOKEN, IM_END_TOKEN
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
 from qwen2audio_train.model.build import add_special_tokens, build_meta_model, build_model, parameter_counts
 from tests.model.rows import tiny_config
 from tests.model.test_assemble import tokenizer
@@ -52,15 +52,15 @@ def test_a_tiny_model_takes_its_vocabulary_from_the_tokenizer() -> None:
     words = add_special_tokens(tokenizer(50))
     model = build_model(tiny(num_mel_bins=16), tokenizer=words)
     assert len(model.lm_head.weight) == len(model.get_input_embeddings().weight) == len(words) == 55
-    assert model.config.audio_token_index == words.convert_tokens_to_ids(AUDIO_TOKEN)
-    assert model.config.text_config.eos_token_id == words.convert_tokens_to_ids(IM_END_TOKEN)
+    assert model.config.audio_token_index == words.convert_tokens_to_ids(QWEN2_AUDIO.audio_token)
+    assert model.config.text_config.eos_token_id == words.convert_tokens_to_ids(QWEN2_AUDIO.turn_end)
     assert model.model.audio_tower.conv1.in_channels == 16
 
 
 def test_special_tokens_are_added_once() -> None:
     words = add_special_tokens(tokenizer(50))
     assert len(add_special_tokens(words)) == 55
-    assert len(words.tokenize(f"w1 {AUDIO_TOKEN}{AUDIO_TOKEN} w2")) == 4
+    assert len(words.tokenize(f"w1 {QWEN2_AUDIO.audio_token}{QWEN2_AUDIO.audio_token} w2")) == 4
 
 
 def test_positions_of_a_tiny_model_are_whispers_and_fixed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen2audio_train.model.packed import BLOCKS, PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import BLOCKS, PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config
 from tests.parity.steps import gradients, worst
 

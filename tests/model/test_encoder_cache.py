@@ -9,7 +9,7 @@ from torch import Tensor
 from qwen2audio_train.config.schema import FreezeConfig
 from qwen2audio_train.model.encoder_cache import EncoderCache, weights_digest
 from qwen2audio_train.model.freeze import set_trainable
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config
 
 PLENTY = 10**9
@@ -29,7 +29,7 @@ def batch(*frames: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def attach(model: PackedQwen2Audio, folder: Path, max_bytes: int = PLENTY) -> EncoderCache:
-    model.model.encoder_cache = EncoderCache(folder, model.model.audio_tower, max_bytes)
+    model.model.encoder_cache = EncoderCache(folder, model.model.audio_tower, model.family, max_bytes)
     return model.model.encoder_cache
 
 

@@ -12,7 +12,7 @@ from qwen2audio_train.model.freeze import (
     part_of,
     set_trainable,
 )
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import pack, random_row, tiny_config
 
 
@@ -26,7 +26,7 @@ def model() -> PackedQwen2Audio:
 def test_freezing_a_part_freezes_it_alone(model: PackedQwen2Audio, frozen: str) -> None:
     set_trainable(model, FreezeConfig(**{frozen: True}))
     for name, parameter in model.named_parameters():
-        fixed = part_of(name) == frozen or name.endswith("embed_positions.weight")
+        fixed = part_of(name, model.family) == frozen or name.endswith("embed_positions.weight")
         assert parameter.requires_grad is not fixed, name
 
 

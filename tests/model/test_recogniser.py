@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen2audio_train.data.samples.collate import pack
-from qwen2audio_train.layout import MAX_SAMPLES, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import num_audio_tokens
+from qwen2audio_train.layout import MAX_SAMPLES
 from qwen2audio_train.model.recogniser import Recogniser
 from tests.model.rows import AUDIO_ID
 from tests.parity.steps import RELATIVE_TOLERANCE, gradients, pair, worst

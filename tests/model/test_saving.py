@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2AudioForConditionalGeneration
 
-from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
+from qwen2audio_train.model.packed import unwrap
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import tiny_config
 
 

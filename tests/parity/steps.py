@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2AudioForConditionalGeneration
 
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import tiny_config
 
 RELATIVE_TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExamp
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.export import check_export, export
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.evaluation.tiny import MEL_BINS, SAMPLES, noise, tiny_tokenizer
 from tests.model.rows import AUDIO_ID, pack, pad, random_row
 from tests.parity.steps import RELATIVE_TOLERANCE, gradients, worst

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import IGNORED, Row, pack, pad, random_row
 from tests.parity.steps import RELATIVE_TOLERANCE, gradients, pair, worst
 

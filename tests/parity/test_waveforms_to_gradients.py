@@ -10,7 +10,8 @@ from transformers import WhisperFeatureExtractor
 from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.layout import MAX_SAMPLES, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import num_audio_tokens
+from qwen2audio_train.layout import MAX_SAMPLES
 from tests.model.rows import AUDIO_ID, IGNORED
 from tests.parity.steps import RELATIVE_TOLERANCE, gradients, pair, worst
 

@@ -25,12 +25,13 @@ from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import materialise
 from qwen2audio_train.evaluation.decoding.generate import Decoding, generate_texts
 from qwen2audio_train.export import check_export, export
-from qwen2audio_train.layout import MAX_FRAMES, MAX_SAMPLES, SAMPLING_RATE, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import num_audio_tokens
+from qwen2audio_train.layout import MAX_FRAMES, MAX_SAMPLES, SAMPLING_RATE
 from qwen2audio_train.model.adapters import apply_adapter, merge_adapter
 from qwen2audio_train.model.build import build_model
 from qwen2audio_train.model.encoder import encode_packed
-from qwen2audio_train.model.packed import PackedQwen2Audio
-from qwen2audio_train.training.stages.tokenizer import as_qwen2_audio, load_tokenizer
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
+from qwen2audio_train.training.stages.tokenizer import load_tokenizer, of_family
 from tests.runs import logged, pairs_recipe, train
 
 PARTS, CLIPS = (Path(os.environ.get(name, "")) for name in ("QWEN2AUDIO_PARTS", "QWEN2AUDIO_CLIPS"))
@@ -50,7 +51,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return as_qwen2_audio(load_tokenizer("model.language_model", str(PARTS / "smollm2_135m_instruct")))
+    return of_family(load_tokenizer("model.language_model", str(PARTS / "smollm2_135m_instruct")))
 
 
 @pytest.fixture(scope="module")

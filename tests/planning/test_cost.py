@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2AudioConfig
 
-from qwen2audio_train.layout import num_encoder_frames
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.families.qwen2_audio import num_encoder_frames
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from qwen2audio_train.planning import cost
 from qwen2audio_train.planning.cost import (
     encoder_flops,

@@ -22,7 +22,8 @@ from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.data.loading.base import Seen
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.layout import MAX_FRAMES, mel_columns, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import mel_columns, num_audio_tokens
+from qwen2audio_train.layout import MAX_FRAMES
 from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
 from qwen2audio_train.training.trainers.packed import RunFiles
 from tests.model.rows import AUDIO_ID, BANDS

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank
 
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import (
     HOP_LENGTH,
     MAX_FRAMES,
@@ -16,7 +18,6 @@ from qwen2audio_train.layout import (
     NUM_MEL_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTH,
-    mel_columns,
     num_frames,
 )
 
@@ -24,8 +25,8 @@ BAND_ROWS = 16
 """Mel filters that are applied at once; as fast as any number from 8 to 32."""
 
 
-def log_mel(waveform: np.ndarray, num_mel_bins: int = NUM_MEL_BINS) -> tuple[np.ndarray, int]:
-    """Whisper's log-mel spectrogram of one encoder window, in the slot layout of `layout.mel_columns`.
+def log_mel(waveform: np.ndarray, num_mel_bins: int = NUM_MEL_BINS, family: Family = DEFAULT) -> tuple[np.ndarray, int]:
+    """Whisper's log-mel spectrogram of one encoder window, in the slot layout of the family.
 
     The stock extractor pads every clip to 30 s. Its frames do not depend on each other, save for the clamp at 8 below
     the maximum, which padding cannot raise: so it is enough to pad as far as the frames that the encoder sees.
@@ -34,13 +35,13 @@ def log_mel(waveform: np.ndarray, num_mel_bins: int = NUM_MEL_BINS) -> tuple[np.
         waveform: (n,) float32 at 16 kHz, at most 30 s.
 
     Returns:
-        The spectrogram (num_mel_bins, mel_columns(L)) float32 and L, the clip's number of frames.
+        The spectrogram (num_mel_bins, family.mel_columns(L)) float32 and L, the clip's number of frames.
     """
     frames = num_frames(len(waveform))
     if frames < MIN_FRAMES or len(waveform) > MAX_SAMPLES:
         seconds = len(waveform) / SAMPLING_RATE
         raise ValueError(f"a window of {seconds:g} s: the encoder takes more than 0.02 s and at most 30 s")
-    visible = min(frames + 2, MAX_FRAMES)
+    visible = min(frames + family.lookahead_frames, MAX_FRAMES)
     # At least 32 frames: narrower matrix products take another path in BLAS and differ in the last bit.
     width = max(visible, 32)
     spectrum = torch.fft.rfft(_windowed(waveform, width)).numpy()
@@ -48,7 +49,7 @@ def log_mel(waveform: np.ndarray, num_mel_bins: int = NUM_MEL_BINS) -> tuple[np.
     real, imaginary = (torch.from_numpy(np.ascontiguousarray(part)) for part in (spectrum.real, spectrum.imag))
     power = torch.hypot(real, imaginary).square_()
     log = _filtered(power.T, _bands(num_mel_bins))[:, :visible].clamp_(min=1e-10).log10_()
-    mel = torch.zeros(num_mel_bins, mel_columns(frames))
+    mel = torch.zeros(num_mel_bins, family.mel_columns(frames))
     torch.clamp(log, min=log.max() - 8.0, out=mel[:, :visible]).add_(4.0).mul_(0.25)
     return mel.numpy(), frames
 

@@ -25,6 +25,7 @@ from qwen2audio_train.data.samples.collate import task_weights
 from qwen2audio_train.data.samples.collate_kto import Answers
 from qwen2audio_train.data.samples.maker import Maker, collator_of, maker_of
 from qwen2audio_train.data.samples.recipe import remote_of
+from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import NUM_MEL_BINS
 
 
@@ -36,6 +37,7 @@ def build_batches(
     world_size: int = 1,
     epochs: int | None = None,
     num_mel_bins: int = NUM_MEL_BINS,
+    family: str = DEFAULT.name,
     bad_examples_path: Path | None = None,
     for_generation: bool = False,
     keep_too_long: bool = False,
@@ -57,7 +59,8 @@ def build_batches(
     """
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
-    maker = dataclasses.replace(maker_of(data, tokenizer, num_mel_bins, for_generation=for_generation), answers=answers)
+    maker = maker_of(data, tokenizer, num_mel_bins, family=family, for_generation=for_generation)
+    maker = dataclasses.replace(maker, answers=answers)
     if keep_too_long:
         maker = dataclasses.replace(maker, max_tokens=None)
     shown = rank == 0 and not keep_too_long  # held-out examples are read at every evaluation: the trainer tells once
@@ -99,6 +102,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     num_mel_bins: int = NUM_MEL_BINS,
+    family: str = DEFAULT.name,
     bad_examples_path: Path | None = None,
     for_generation: bool = False,
     keep_too_long: bool = True,
@@ -130,6 +134,7 @@ def eval_batches(
         world_size=world_size,
         epochs=1,
         num_mel_bins=num_mel_bins,
+        family=family,
         bad_examples_path=bad_examples_path,
         for_generation=for_generation,
         keep_too_long=keep_too_long,

@@ -1,6 +1,6 @@
 """From an example to what the model reads: text pieces and clips, with the border of the labels. No tokenizer here.
 
-Task form, in the base model's style (no ChatML):
+The layout is the family's; with Qwen2-Audio's: task form, in the base model's style (no ChatML):
 
     <|audio_bos|> CLIP <|audio_eos|>Detect the language and recognize the speech: [<|en|>hello<|endoftext|>]
 
@@ -33,19 +33,8 @@ from qwen2audio_train.data.examples import (
 from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
 from qwen2audio_train.data.prompts.timestamps import LAST_TOKEN_S, timestamp_token
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.layout import (
-    AUDIO_BOS_TOKEN,
-    AUDIO_EOS_TOKEN,
-    AUDIO_TOKEN,
-    END_OF_TEXT_TOKEN,
-    IM_END_TOKEN,
-    IM_START_TOKEN,
-)
-
-SYSTEM_PROMPT = "You are a helpful assistant."
-"""Inserted by the published template where a conversation does not start with a system message."""
-
-GENERATION_PROMPT = f"{IM_START_TOKEN}assistant\n"
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ Piece = Text | Clip
 @dataclass(frozen=True)
 class Rendered:
     """A sample as pieces. `branches` are the answers of a preference example, chosen first or alone, all label;
-    `transcript` is what is said in its only clip, where that is the task."""
+    `transcript` is what is said in its only clip, where that is the task; `family` is whose layout it has."""
 
     id: str
     source: str
@@ -71,6 +60,7 @@ class Rendered:
     trunk: tuple[Piece, ...]
     branches: tuple[tuple[Text, ...], ...] = ()
     transcript: str = ""
+    family: Family = DEFAULT
 
     @property
     def clips(self) -> tuple[Clip, ...]:
@@ -86,8 +76,9 @@ def render(
     labelled_turns: LabelledTurns = LabelledTurns.all,
     timestamps: Timestamps = Timestamps.text,
     for_generation: bool = False,
+    family: Family = DEFAULT,
 ) -> Rendered:
-    """Lay out one example.
+    """Lay out one example as its family's models read it.
 
     With `for_generation` only the prompt: the task form with the first prompt of its pool (and the answer's known
     prefix), a chat without its last assistant message and with the generation prompt, a preference without answers.
@@ -98,7 +89,7 @@ def render(
             it where they are read; this is for examples that were never a line.
     """
     most = 1 if for_generation else prompts_per_task
-    rendered = _laid_out(example, prompt_style, seed, most, labelled_turns, timestamps, for_generation)
+    rendered = _laid_out(example, prompt_style, seed, most, labelled_turns, timestamps, for_generation, family)
     for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
         if isinstance(piece, Text) and not piece.is_markup and (mark := mark_in(piece.text)):
             raise ExampleError(f'example "{example.id}": expected {NO_MARK}; found {mark!r} in {piece.text[:60]!r}')
@@ -113,39 +104,44 @@ def _laid_out(
     labelled_turns: LabelledTurns,
     timestamps: Timestamps,
     for_generation: bool,
+    family: Family,
 ) -> Rendered:
     if isinstance(example, TaskExample):
-        answer = () if for_generation else (*_task_answer(example, timestamps), Text(END_OF_TEXT_TOKEN, True, True))
-        trunk = _task_question(example, prompt_style, seed, most, for_generation) + answer
+        answer = () if for_generation else (*_task_answer(example, timestamps), Text(family.text_end, True, True))
+        trunk = _task_question(example, prompt_style, seed, most, for_generation, family) + answer
         transcript = example.target if example.task == "asr" else ""
-        return Rendered(example.id, example.source, example.task, trunk, transcript=transcript)
+        return Rendered(example.id, example.source, example.task, trunk, (), transcript, family)
     if isinstance(example, PreferenceExample | UnpairedExample):
-        trunk = (*_chat_pieces(example.prompt, labelled=()), Text(GENERATION_PROMPT, is_markup=True))
+        trunk = (*_chat_pieces(example.prompt, (), family), _generation_prompt(family))
         answers = () if for_generation else _answers(example)
-        branches = tuple((Text(answer, True), Text(IM_END_TOKEN, True, True)) for answer in answers)
-        return Rendered(example.id, example.source, task_of(example), trunk, branches)
-    trunk = _chat_example_pieces(example, labelled_turns, for_generation)
-    return Rendered(example.id, example.source, task_of(example), trunk)
+        branches = tuple((Text(answer, True), Text(family.turn_end, True, True)) for answer in answers)
+        return Rendered(example.id, example.source, task_of(example), trunk, branches, family=family)
+    trunk = _chat_example_pieces(example, labelled_turns, for_generation, family)
+    return Rendered(example.id, example.source, task_of(example), trunk, family=family)
 
 
 def rendered_text(rendered: Rendered, branch: int | None = None) -> str:
-    """The sample as one string, one `<|AUDIO|>` per clip: what the published chat template gives."""
+    """The sample as one string, one audio token per clip: what the published chat template gives."""
     pieces = rendered.trunk if branch is None else rendered.trunk + rendered.branches[branch]
-    return "".join(piece.text if isinstance(piece, Text) else AUDIO_TOKEN for piece in pieces)
+    return "".join(piece.text if isinstance(piece, Text) else rendered.family.audio_token for piece in pieces)
 
 
 def _answers(example: PreferenceExample | UnpairedExample) -> tuple[str, ...]:
     return (example.chosen, *example.rejected) if isinstance(example, PreferenceExample) else (example.completion,)
 
 
+def _generation_prompt(family: Family) -> Text:
+    return Text(family.turn_head.format(role="assistant"), is_markup=True)
+
+
 def _task_question(
-    example: TaskExample, style: PromptStyle, seed: int, most: int | None, for_generation: bool
+    example: TaskExample, style: PromptStyle, seed: int, most: int | None, for_generation: bool, family: Family
 ) -> tuple[Piece, ...]:
     template = choose_prompt(example, style, seed, most)
     fields = prompt_fields(example)
     prompt = _filled(template.prompt, fields, is_label=False)
     prefix = _filled(template.answer_prefix, fields, is_label=not for_generation)
-    before, after = Text(AUDIO_BOS_TOKEN, is_markup=True), Text(AUDIO_EOS_TOKEN, is_markup=True)
+    before, after = (Text(markup, is_markup=True) for markup in family.clip)
     clips = tuple(piece for clip in clips_of(example) for piece in (before, clip, after))
     return clips + prompt + prefix
 
@@ -180,35 +176,38 @@ def _filled(template: str, fields: dict[str, str], is_label: bool) -> tuple[Text
     return tuple(piece for piece in (*pieces, Text(markup, is_label, True)) if piece.text)
 
 
-def _chat_example_pieces(example: ChatExample, turns: LabelledTurns, for_generation: bool) -> tuple[Piece, ...]:
+def _chat_example_pieces(
+    example: ChatExample, turns: LabelledTurns, for_generation: bool, family: Family
+) -> tuple[Piece, ...]:
     messages = example.messages
     if for_generation:
         if messages[-1].role == "assistant":
             messages = messages[:-1]
-        return (*_chat_pieces(messages, labelled=()), Text(GENERATION_PROMPT, is_markup=True))
+        return (*_chat_pieces(messages, (), family), _generation_prompt(family))
     answers = tuple(index for index, message in enumerate(messages) if message.role == "assistant")
     if not answers:
         raise ExampleError(
             f'example "{example.id}": no assistant message to learn from; add one, or use it for evaluation'
         )
-    return _chat_pieces(messages, labelled=answers if turns == LabelledTurns.all else answers[-1:])
+    return _chat_pieces(messages, answers if turns == LabelledTurns.all else answers[-1:], family)
 
 
-def _chat_pieces(messages: tuple[Message, ...], labelled: tuple[int, ...]) -> tuple[Piece, ...]:
-    """ChatML of the published template; the messages whose indices are in `labelled` are what is learnt."""
+def _chat_pieces(messages: tuple[Message, ...], labelled: tuple[int, ...], family: Family) -> tuple[Piece, ...]:
+    """The chat of the published template; the messages whose indices are in `labelled` are what is learnt."""
     pieces: list[Piece] = []
     num_clips = 0
-    if messages[0].role != "system":
-        pieces.append(Text(f"{IM_START_TOKEN}system\n{SYSTEM_PROMPT}{IM_END_TOKEN}\n", is_markup=True))
+    if messages[0].role != "system" and family.system_prompt:
+        head = family.turn_head.format(role="system")
+        pieces.append(Text(f"{head}{family.system_prompt}{family.turn_end}{family.turn_tail}", is_markup=True))
     for index, message in enumerate(messages):
         is_label = index in labelled
-        pieces.append(Text(f"{IM_START_TOKEN}{message.role}\n", is_markup=True))
+        pieces.append(Text(family.turn_head.format(role=message.role), is_markup=True))
         for part in message.content:
             if isinstance(part, Clip):
                 num_clips += 1
-                pieces += [Text(f"Audio {num_clips}: {AUDIO_BOS_TOKEN}", is_markup=True), part]
-                pieces.append(Text(f"{AUDIO_EOS_TOKEN}\n", is_markup=True))
+                before, after = family.chat_clip
+                pieces += [Text(before.format(number=num_clips), is_markup=True), part, Text(after, is_markup=True)]
             else:
                 pieces.append(Text(part, is_label))
-        pieces += [Text(IM_END_TOKEN, is_label, True), Text("\n", is_markup=True)]
+        pieces += [Text(family.turn_end, is_label, True), Text(family.turn_tail, is_markup=True)]
     return tuple(pieces)

@@ -22,7 +22,8 @@ from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.prompts.render import Piece, Rendered, Text
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.layout import AUDIO_TOKEN, num_clip_tokens, num_samples_of
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.layout import num_samples_of
 
 MOST_CACHED = 1024
 """Texts whose ids are kept."""
@@ -64,12 +65,15 @@ class TextEncoder:
         if stock.pre_tokenizer is not None:
             self._plain.pre_tokenizer = stock.pre_tokenizer
         self._special: dict[str, int] = dict(tokenizer.get_added_vocab())
-        self.audio_token_id = self._special.get(AUDIO_TOKEN, -1)
-        if self.audio_token_id < 0:
-            raise ConfigError(f"the tokenizer has no token {AUDIO_TOKEN}: it is not one of Qwen2-Audio")
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._plain_ids = lru_cache(MOST_CACHED)(self._encoded)  # the same few prompts stand around every answer
+
+    def audio_token_id(self, family: Family) -> int:
+        """Id of the family's audio token. Raises ConfigError when the tokenizer is not one of the family."""
+        if family.audio_token not in self._special:
+            raise ConfigError(f"the tokenizer has no token {family.audio_token}: it is not one of {family.name}")
+        return self._special[family.audio_token]
 
     def encode(self, texts: Sequence[Text]) -> list[int]:
         """Ids of pieces that belong together; plain stretches are joined over the border of pieces."""
@@ -103,13 +107,14 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, num_samples
     """Ids of a rendered sample.
 
     Args:
-        num_samples: length of every clip at 16 kHz, in order; it decides the number of `<|AUDIO|>` placeholders.
+        num_samples: length of every clip at 16 kHz, in order; it decides the number of audio tokens.
 
     Raises:
         ExampleError: there are placeholders that no clip stands for.
     """
-    encoder = text_encoder(tokenizer)
-    lengths = iter([num_clip_tokens(length) for _, length in zip(rendered.clips, num_samples, strict=True)])
+    encoder, family = text_encoder(tokenizer), rendered.family
+    audio_token_id = encoder.audio_token_id(family)
+    lengths = iter([family.num_clip_tokens(length) for _, length in zip(rendered.clips, num_samples, strict=True)])
     ids: list[int] = []
     labels: list[bool] = []
     slots: list[int] = []
@@ -117,14 +122,14 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, num_samples
         if is_label is None:
             count = sum(next(lengths) for _ in group)
             slots += range(len(ids), len(ids) + count)
-            new = [encoder.audio_token_id] * count
+            new = [audio_token_id] * count
         else:
             new = encoder.encode([piece for piece in group if isinstance(piece, Text)])
         ids += new
         labels += [bool(is_label)] * len(new)
-    if (found := ids.count(encoder.audio_token_id)) != len(slots):
+    if (found := ids.count(audio_token_id)) != len(slots):
         raise ExampleError(
-            f'example "{rendered.id}": {found} tokens {AUDIO_TOKEN} where its clips have {len(slots)}: '
+            f'example "{rendered.id}": {found} tokens {family.audio_token} where its clips have {len(slots)}: '
             "the prompt holds some of its own; leave them out, since they are put where the clips are"
         )
     branches = tuple(np.array(encoder.encode(branch), dtype=np.int64) for branch in rendered.branches)

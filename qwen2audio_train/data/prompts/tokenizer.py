@@ -1,23 +1,19 @@
-"""Tokenizers of Qwen2-Audio's kind: one fitted on the text of a tiny model, and the processor folder for export."""
+"""Tokenizers of a family: one fitted on the text of a tiny model, and the processor folder for export."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2AudioProcessor, WhisperFeatureExtractor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin, WhisperFeatureExtractor
 
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.layout import (
-    AUDIO_BOS_TOKEN,
-    AUDIO_EOS_TOKEN,
-    AUDIO_TOKEN,
-    END_OF_TEXT_TOKEN,
-    IM_END_TOKEN,
-    NUM_MEL_BINS,
-    SPECIAL_TOKENS,
-)
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT
+from qwen2audio_train.layout import NUM_MEL_BINS
 
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -27,9 +23,16 @@ QWEN2_WORDS = (
 
 MODEL_MAX_LENGTH = 8192
 
+AUDIO_ATTRIBUTES = ("audio_token", "audio_bos_token", "audio_eos_token")
+"""Attributes under which transformers' processors look for a placeholder and its brackets."""
+
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, extra_special_tokens: Sequence[str] = (), times: Sequence[str] = ()
+    texts: Iterable[str],
+    vocab_size: int,
+    extra_special_tokens: Sequence[str] = (),
+    times: Sequence[str] = (),
+    family: Family = DEFAULT,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE in Qwen2's manner, fitted on `texts` alone; the same texts give the same tokenizer.
 
@@ -38,7 +41,7 @@ def train_tokenizer(
         extra_special_tokens: such as the language tags of the prompts (`prompts.tag_tokens`).
         times: tokens that are part of answers (`timestamps.timestamp_tokens`).
     """
-    special = list(dict.fromkeys([*SPECIAL_TOKENS, *extra_special_tokens]))
+    special = list(dict.fromkeys([*family.special_tokens, *extra_special_tokens]))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     num_added = len(special) + len(times)
     if vocab_size < len(alphabet) + num_added:
@@ -61,43 +64,52 @@ def train_tokenizer(
     bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     fitted = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
-    return as_qwen2_audio(fitted, times=times)
+    return of_family(fitted, family, times=times)
 
 
-def as_qwen2_audio(
-    tokenizer: PreTrainedTokenizerFast, tags: Sequence[str] = (), times: Sequence[str] = ()
+def of_family(
+    tokenizer: PreTrainedTokenizerFast,
+    family: Family = DEFAULT,
+    tags: Sequence[str] = (),
+    times: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """Give a Qwen2 tokenizer what Qwen2-Audio's has: its special tokens (added where missing), ends, and attributes.
+    """Give a tokenizer what the family's have: their special tokens (added where missing), ends, and attributes.
 
     `tags` are added as special tokens, `times` as ordinary ones, which decoding keeps.
     """
     known = tokenizer.get_vocab()
-    special = [token for token in dict.fromkeys([*SPECIAL_TOKENS, *tags]) if token not in known]
+    special = [token for token in dict.fromkeys([*family.special_tokens, *tags]) if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in times if token not in known])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
-        eos_token=IM_END_TOKEN,
-        pad_token=END_OF_TEXT_TOKEN,
+        eos_token=family.turn_end,
+        pad_token=family.text_end,
         padding_side="left",
         model_max_length=MODEL_MAX_LENGTH,
         clean_up_tokenization_spaces=False,
-        extra_special_tokens={
-            "audio_token": AUDIO_TOKEN,
-            "audio_bos_token": AUDIO_BOS_TOKEN,
-            "audio_eos_token": AUDIO_EOS_TOKEN,
-        },
+        extra_special_tokens=dict(
+            zip(AUDIO_ATTRIBUTES, (family.audio_token, *family.clip), strict=True)  # what the stock processors ask for
+        ),
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerBase, num_mel_bins: int = NUM_MEL_BINS) -> Qwen2AudioProcessor:
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, num_mel_bins: int = NUM_MEL_BINS, family: Family = DEFAULT
+) -> ProcessorMixin:
     """The stock processor around a tokenizer, with the published chat template."""
     extractor = WhisperFeatureExtractor(feature_size=num_mel_bins, return_attention_mask=True)
-    processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+    processor_class: Any = getattr(transformers, family.processor_class)
+    processor: ProcessorMixin = processor_class(feature_extractor=extractor, tokenizer=tokenizer)
     tokenizer.chat_template = processor.chat_template
     return processor
 
 
-def save_processor(tokenizer: PreTrainedTokenizerBase, folder: str | Path, num_mel_bins: int = NUM_MEL_BINS) -> None:
-    """Write what `Qwen2AudioProcessor.from_pretrained(folder)` reads."""
-    build_processor(tokenizer, num_mel_bins).save_pretrained(str(folder))
+def save_processor(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    num_mel_bins: int = NUM_MEL_BINS,
+    family: Family = DEFAULT,
+) -> None:
+    """Write what the stock processor's `from_pretrained(folder)` reads."""
+    build_processor(tokenizer, num_mel_bins, family).save_pretrained(str(folder))

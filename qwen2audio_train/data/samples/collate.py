@@ -161,10 +161,10 @@ class _Rows:
     def add(self, sample: Sample) -> None:
         place = _Place(self.places[-1].end if self.places else 0, sample)
         self.places.append(place)
-        self._add_segment(sample.input_ids, np.arange(len(sample.input_ids)), place.trunk)
+        self._add_segment(sample.input_ids, sample.positions, place.trunk)
         for branch, where in zip(sample.branches, place.branches, strict=True):
             self._has_tree = True
-            positions = len(sample.input_ids) + np.arange(len(branch))
+            positions = sample.positions[-1] + 1 + np.arange(len(branch))
             self._add_segment(branch, positions, np.concatenate([place.trunk, where]))
 
     def _add_segment(self, ids: np.ndarray, positions: np.ndarray, keys: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from qwen2audio_train.data.samples.collate_kto import Answers, pack_unpaired
 from qwen2audio_train.data.samples.recipe import limits_of, plain, recipe_of, remote_of, render_as
 from qwen2audio_train.data.samples.sample import Sample, materialise
 from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
 MEASURED_KEYS = ("prompt_style", "prompt_seed", "prompts_per_task", "labelled_turns", "long_audio")
@@ -55,6 +56,7 @@ class Maker:
         tokenizer = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         what = ["prompts"] if self.for_generation else []
         what += [self.recipe.timestamps.value] if self.recipe.timestamps is not Timestamps.text else []
+        what += [self.recipe.family] if self.recipe.family != DEFAULT.name else []  # indexes named none before
         return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS), *what])
 
     def measure(self, example: Example, contents: Sequence[bytes | None] | None = None) -> Measured:
@@ -138,13 +140,18 @@ def is_long(duration_s: float) -> bool:
 
 
 def maker_of(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, num_mel_bins: int, *, for_generation: bool = False
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    num_mel_bins: int,
+    *,
+    family: str = DEFAULT.name,
+    for_generation: bool = False,
 ) -> Maker:
     """How the recipe wants examples to be made into samples, or into prompts to be answered."""
     augmenter = augmenter_of(data.augment, data.seed, limits_of(data))
     limit = min(data.max_tokens_per_example or data.tokens_per_pack, data.tokens_per_pack)
     slowest = min(1.0, *data.augment.speed_factors) if data.augment.speed else 1.0
-    recipe = recipe_of(data, num_mel_bins)
+    recipe = recipe_of(data, num_mel_bins, family)
     longest = math.ceil(limit / slowest)
     return Maker(tokenizer, recipe, longest, augmenter=augmenter, for_generation=for_generation)
 

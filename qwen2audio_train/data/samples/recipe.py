@@ -19,17 +19,21 @@ from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.prompts.render import Rendered, render
 from qwen2audio_train.data.prompts.tokenizer import save_processor
 from qwen2audio_train.data.storage.remote import Remote
+from qwen2audio_train.families.known import DEFAULT, family_of
 
 FILE = "sample_recipe.json"
 """Its place among the files of a model's weights."""
 
-KEYS = tuple(field.name for field in dataclasses.fields(SampleRecipe) if field.name != "num_mel_bins")
-"""What `data:` decides, and what a command may override; the mel bins are the model's."""
+MODEL_KEYS = ("family", "num_mel_bins")
+"""What the model decides."""
+
+KEYS = tuple(field.name for field in dataclasses.fields(SampleRecipe) if field.name not in MODEL_KEYS)
+"""What `data:` decides, and what a command may override."""
 
 
-def recipe_of(data: DataConfig, num_mel_bins: int) -> SampleRecipe:
-    """How the config wants examples to become samples."""
-    return SampleRecipe(**{key: getattr(data, key) for key in KEYS}, num_mel_bins=num_mel_bins)
+def recipe_of(data: DataConfig, num_mel_bins: int, family: str = DEFAULT.name) -> SampleRecipe:
+    """How the config wants examples to become samples of a model with so many mel bins."""
+    return SampleRecipe(**{key: getattr(data, key) for key in KEYS}, num_mel_bins=num_mel_bins, family=family)
 
 
 def remote_of(keys: DataConfig | SampleRecipe) -> Remote:
@@ -52,6 +56,7 @@ def render_as(recipe: SampleRecipe, example: Example, *, for_generation: bool = 
         labelled_turns=recipe.labelled_turns,
         timestamps=recipe.timestamps,
         for_generation=for_generation,
+        family=family_of(recipe.family),
     )
 
 
@@ -69,7 +74,7 @@ def overridden(recipe: SampleRecipe, given: Mapping[str, Any]) -> SampleRecipe:
         data = load_config(values | dict(given), DataConfig)
     except ConfigError as error:
         raise ConfigError(f"sample.{error}") from error
-    return recipe_of(data, recipe.num_mel_bins)
+    return recipe_of(data, recipe.num_mel_bins, recipe.family)
 
 
 def plain(recipe: SampleRecipe) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def plain(recipe: SampleRecipe) -> dict[str, Any]:
 
 def save_inputs(tokenizer: PreTrainedTokenizerBase, recipe: SampleRecipe, folder: str | Path) -> None:
     """Write beside a model's weights how its inputs are made: the stock processor, and the recipe."""
-    save_processor(tokenizer, folder, recipe.num_mel_bins)
+    save_processor(tokenizer, folder, recipe.num_mel_bins, family_of(recipe.family))
     Path(folder, FILE).write_text(json.dumps(plain(recipe), indent=1) + "\n")
 
 
@@ -94,7 +99,8 @@ def saved_recipe(folder: str | Path) -> SampleRecipe | None:
         return None
     try:
         values = json.loads(path.read_text())
-        recipe = SampleRecipe(num_mel_bins=int(values.pop("num_mel_bins")))
+        family = family_of(values.pop("family", DEFAULT.name))  # recipes named none while there was one
+        recipe = SampleRecipe(num_mel_bins=int(values.pop("num_mel_bins")), family=family.name)
         return overridden(recipe, values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: no recipe of samples ({error}); delete it to go on with the defaults") from error

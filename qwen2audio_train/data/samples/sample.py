@@ -33,12 +33,13 @@ class Sample:
         label_mask: (T,) bool, which of them are learnt.
         audio_slot: (n,) int64, where in the trunk the audio embeddings go.
         branches: (b,) int64 each, the answers of a preference, chosen first, or one alone; all of them are labels.
-        mels: (num_mel_bins, mel_columns(L)) float32 each.
+        mels: (num_mel_bins, family.mel_columns(L)) float32 each.
         clip_frames: L of every mel.
         transcript: (t,) int64, what is said in its only encoder window; empty where that is not known.
         weight: factor on the weight of every label (`batch.pack` explains the weightings).
         decode_s: seconds that reading and decoding its audio took.
         example: what it was made of, where answers to it are to be scored.
+        position_ids: (T,) int64, where the family's are not simply 0 .. T - 1.
     """
 
     id: str
@@ -55,6 +56,12 @@ class Sample:
     weight: float = 1.0
     decode_s: float = 0.0
     example: Example | None = None
+    position_ids: np.ndarray | None = None
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(T,) int64 positions of the trunk; the tokens of a branch go on after the last one."""
+        return np.arange(len(self.input_ids)) if self.position_ids is None else self.position_ids
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +125,9 @@ def build_sample(
     """A sample from what is rendered and from the clips' samples at 16 kHz (one waveform per clip, in order)."""
     _check_long_audio(rendered, waveforms, recipe)
     tokens = tokenize(rendered, tokenizer, [len(waveform) for waveform in waveforms])
-    features = [log_mel(window, recipe.num_mel_bins) for waveform in waveforms for window in _windows(waveform)]
+    family = rendered.family
+    windows = [window for waveform in waveforms for window in _windows(waveform)]
+    features = [log_mel(window, recipe.num_mel_bins, family) for window in windows]
     if augment_mel is not None:
         features = [(augment_mel(mel, frames), frames) for mel, frames in features]
     return Sample(
@@ -134,6 +143,7 @@ def build_sample(
         transcript=transcript_ids(rendered, tokenizer) if len(features) == 1 else np.zeros(0, dtype=np.int64),
         source_id=source_id,
         weight=weight,
+        position_ids=family.positions(len(tokens.input_ids), tokens.audio_slot),
     )
 
 

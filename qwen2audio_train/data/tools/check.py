@@ -31,6 +31,7 @@ from qwen2audio_train.data.storage.remote import Remote
 from qwen2audio_train.data.tools.clip_facts import ClipFacts, Placed, examine_all
 from qwen2audio_train.data.tools.sources import OWN_ID, examples_of
 from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import NUM_MEL_BINS
 
 ERROR, WARNING = "error", "warning"
@@ -60,6 +61,7 @@ class CheckOptions:
         max_duration_drift_s: longest difference between a manifest's duration and the audio.
         max_answer_characters: a longer answer is told.
         tokenizer: folder or hub id; with it examples of more than `max_tokens` are errors, as training leaves them out.
+        family: that of the model.
         max_tokens: `data.max_tokens_per_example` of the recipe, or its `data.tokens_per_pack`.
         num_workers: clips that are decoded at a time.
         max_shown: findings of a kind that are printed for a manifest.
@@ -74,6 +76,7 @@ class CheckOptions:
     max_duration_drift_s: float = 0.1
     max_answer_characters: int = 1000
     tokenizer: str | None = None
+    family: str = DEFAULT.name
     max_tokens: int = 8192
     num_workers: int = processors()
     max_shown: int = 5
@@ -120,7 +123,8 @@ def check(options: CheckOptions) -> list[Checked]:
     A check that is broken off and asked for again goes on with the first clip that it had not opened.
     """
     tokenizer = options.tokenizer and AutoTokenizer.from_pretrained(options.tokenizer)
-    maker = maker_of(DataConfig(cache_dir=options.cache_dir), tokenizer, NUM_MEL_BINS) if tokenizer else None
+    data = DataConfig(cache_dir=options.cache_dir)
+    maker = maker_of(data, tokenizer, NUM_MEL_BINS, family=options.family) if tokenizer else None
     remote = Remote(options.cache_dir)
 
     def looked_through(named: Mapping[str, SourceConfig], key: str) -> list[Checked]:

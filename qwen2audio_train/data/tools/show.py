@@ -19,7 +19,9 @@ from qwen2audio_train.data.prompts.render import Piece, Rendered, render
 from qwen2audio_train.data.prompts.tokenize import text_encoder, tokenize
 from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.data.tools.sources import examples_of, open_manifests
-from qwen2audio_train.layout import AUDIO_TOKEN, SAMPLING_RATE, num_clip_tokens, num_frames, window_samples
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT, family_of
+from qwen2audio_train.layout import SAMPLING_RATE, num_frames, window_samples
 
 IDS_COMPARED = 10_000
 """So many ids are looked through for the one that a misspelt one is nearest to."""
@@ -42,6 +44,7 @@ class ShowOptions:
         tokenizer: folder or hub id; with it every token is listed.
         image: PNG file for the spectrogram of the clips (needs matplotlib).
         num_mel_bins: that of the model.
+        family: that of the model.
         cache_dir: that of the recipe.
     """
 
@@ -55,6 +58,7 @@ class ShowOptions:
     tokenizer: str | None = None
     image: str | None = None
     num_mel_bins: int = 128
+    family: str = DEFAULT.name
     cache_dir: str = "data_cache"
 
 
@@ -73,10 +77,13 @@ def show(options: ShowOptions, colour: bool = False) -> str:
         labelled_turns=options.labelled_turns,
         timestamps=options.timestamps,
         for_generation=options.for_generation,
+        family=family_of(options.family),
     )
     waveforms = [load_clip(clip, SampleRecipe()) for clip in rendered.clips]
     parts = [f"{rendered.id}  (source {rendered.source}, task {rendered.task})"]
-    parts += [_clip_line(clip, waveform) for clip, waveform in zip(rendered.clips, waveforms, strict=True)]
+    parts += [
+        _clip_line(clip, waveform, rendered.family) for clip, waveform in zip(rendered.clips, waveforms, strict=True)
+    ]
     parts += ["", marked_text(rendered, [len(waveform) for waveform in waveforms], colour)]
     if options.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
@@ -112,11 +119,11 @@ def find_example(manifest: str, name: str, cache_dir: str) -> Example:
 
 def marked_text(rendered: Rendered, num_samples: Sequence[int], colour: bool = False) -> str:
     """The text with labels marked and a clip's placeholders counted; a preference's answers on lines of their own."""
-    lengths = iter(num_samples)
+    lengths, family = iter(num_samples), rendered.family
 
     def shown(piece: Piece) -> str:
         if isinstance(piece, Clip):
-            return _dim(f"{AUDIO_TOKEN} x {num_clip_tokens(next(lengths))}", colour)
+            return _dim(f"{family.audio_token} x {family.num_clip_tokens(next(lengths))}", colour)
         return _label(piece.text, colour) if piece.is_label else piece.text
 
     text = "".join(map(shown, rendered.trunk)).replace("" if colour else "]][[", "")
@@ -136,13 +143,13 @@ def token_table(
 ) -> str:
     """Every token on a line: position, id, text, and whether it is learnt; a run of placeholders is one line."""
     tokens = tokenize(rendered, tokenizer, num_samples)
-    audio_id = text_encoder(tokenizer).audio_token_id
+    audio_id = text_encoder(tokenizer).audio_token_id(rendered.family)
     lines = []
     for position, (token, is_label) in enumerate(zip(tokens.input_ids.tolist(), tokens.label_mask, strict=True)):
         if token == audio_id and position and tokens.input_ids[position - 1] == audio_id:
             continue
         run = int(np.argmin(np.append(tokens.input_ids[position:] == audio_id, False)))
-        text = f"{AUDIO_TOKEN} x {run}" if run else repr(tokenizer.decode([token]))
+        text = f"{rendered.family.audio_token} x {run}" if run else repr(tokenizer.decode([token]))
         line = f"{position:6d} {token:7d} {text}"
         lines.append(_label(line, colour) if is_label else line)
     for name, branch in zip(_answer_names(rendered), tokens.branches, strict=True):
@@ -181,13 +188,13 @@ def _windows(waveform: np.ndarray) -> list[np.ndarray]:
     return np.split(waveform, np.cumsum(window_samples(len(waveform)))[:-1])
 
 
-def _clip_line(clip: Clip, waveform: np.ndarray) -> str:
+def _clip_line(clip: Clip, waveform: np.ndarray, family: Family) -> str:
     seconds, frames = len(waveform) / SAMPLING_RATE, num_frames(len(waveform))
     said = "" if clip.duration_s is None else f", manifest {clip.duration_s:g} s"
     part = "" if clip.start_s == 0 and clip.end_s is None else f" from {clip.start_s:g} s"
     part += "" if clip.channel is None else f" channel {clip.channel}"
     windows = len(window_samples(len(waveform)))
-    tokens = f"{num_clip_tokens(len(waveform))} tokens" + (f" in {windows} windows" if windows > 1 else "")
+    tokens = f"{family.num_clip_tokens(len(waveform))} tokens" + (f" in {windows} windows" if windows > 1 else "")
     return f"{clip.path}{part}: {seconds:.3f} s{said}, {frames} frames, {tokens}"
 
 

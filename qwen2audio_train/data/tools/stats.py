@@ -27,7 +27,8 @@ from qwen2audio_train.data.order.index import Index, Measure, Measured, open_ind
 from qwen2audio_train.data.samples.maker import maker_of, with_duration
 from qwen2audio_train.data.samples.recipe import recipe_of, remote_of
 from qwen2audio_train.data.tools.sources import named_sources
-from qwen2audio_train.layout import NUM_MEL_BINS, num_clip_tokens, num_samples_of
+from qwen2audio_train.families.known import DEFAULT, family_of
+from qwen2audio_train.layout import NUM_MEL_BINS, num_samples_of
 
 BINS_S = (0, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, float("inf"))
 
@@ -41,6 +42,7 @@ class IndexOptions:
         sources: the same in full, as in a recipe's `data.sources`, for every other form.
         tokenizer: folder or hub id, the one that training uses. `index` needs it; `stats` leaves the text out without.
         prompt_style, prompt_seed, timestamps, labelled_turns, long_audio: the recipe's; an index is bound to them.
+        family: that of the model.
         num_workers: processes.
         cache_dir: that of the recipe.
         image: PNG file for the histogram of `stats` (needs matplotlib).
@@ -54,6 +56,7 @@ class IndexOptions:
     timestamps: Timestamps = Timestamps.text
     labelled_turns: LabelledTurns = LabelledTurns.all
     long_audio: LongAudio = LongAudio.split
+    family: str = DEFAULT.name
     num_workers: int = processors()
     cache_dir: str = "data_cache"
     image: str | None = None
@@ -91,10 +94,11 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
         long_audio=options.long_audio,
         cache_dir=options.cache_dir,
     )
-    measure: Measure = partial(measure_audio, recipe=recipe_of(data, NUM_MEL_BINS))
-    key = "audio"
+    measure: Measure = partial(measure_audio, recipe=recipe_of(data, NUM_MEL_BINS, options.family))
+    key = "audio" if options.family == DEFAULT.name else f"audio {options.family}"
     if options.tokenizer is not None:
-        maker = maker_of(data, AutoTokenizer.from_pretrained(options.tokenizer), NUM_MEL_BINS)
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        maker = maker_of(data, tokenizer, NUM_MEL_BINS, family=options.family)
         measure, key = maker.measure, maker.measure_key
     indexes = {}
     for name, source in named.items():
@@ -107,11 +111,11 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
 
 def measure_audio(example: Example, recipe: SampleRecipe) -> Measured:
     """What can be said of an example without a tokenizer: its audio. Raises AudioError."""
-    seconds, tokens = 0.0, 0
+    seconds, tokens, family = 0.0, 0, family_of(recipe.family)
     for clip in clips_of(example):
         length = with_duration(clip, recipe).duration_s or 0.0
         seconds += length
-        tokens += num_clip_tokens(num_samples_of(length))
+        tokens += family.num_clip_tokens(num_samples_of(length))
     return Measured(seconds, tokens, 0, task_of(example))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.lazy_samples import load_ahead
 from qwen2audio_train.evaluation.decoding.ranks import gather, is_sharded, rank_and_world
-from qwen2audio_train.layout import END_OF_TEXT_TOKEN, IM_END_TOKEN
-from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT
+from qwen2audio_train.model.packed import PackedAudioLM, unwrap
 
 _FILLER = Sample("", "", "", np.zeros(1, np.int64), np.zeros(1, bool), np.zeros(0, np.int64))
 """A prompt of one token: what a rank without work decodes."""
@@ -109,9 +110,9 @@ def _fill_batches(order: Sequence[int], lengths: Sequence[int], decoding: Decodi
     return batches
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: `<|im_end|>` in a chat and `<|endoftext|>` of the base model."""
-    return cast(list[int], tokenizer.convert_tokens_to_ids([IM_END_TOKEN, END_OF_TEXT_TOKEN]))
+def stop_ids(tokenizer: PreTrainedTokenizerBase, family: Family = DEFAULT) -> list[int]:
+    """Ids that end an answer: in a chat, and in the task form."""
+    return cast(list[int], tokenizer.convert_tokens_to_ids([family.turn_end, family.text_end]))
 
 
 def _generate(
@@ -163,7 +164,7 @@ def sample_tokens(
         asked = [samples[index] for index in batch] or [_FILLER]
         uniforms = _uniforms(asked, decoding) if decoding.temperature > 0 else None
         found = _decode_rows(
-            inner, *embed_prompts(inner, asked), stop_ids(tokenizer), decoding, uniforms, synced, keep_stop=True
+            inner, embed_prompts(inner, asked), stop_ids(tokenizer, inner.family), decoding, uniforms, synced, True
         )
         rows += [found[start : start + copies] for start in range(0, len(found), copies)] if batch else []
     inner.train(training)
@@ -179,7 +180,7 @@ def _most(count: int) -> int:
 
 @torch.no_grad()
 def _decode_batch(
-    model: PackedQwen2Audio,
+    model: PackedAudioLM,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     decoding: Decoding,
@@ -187,20 +188,30 @@ def _decode_batch(
 ) -> list[list[str]]:
     copies = decoding.num_return_sequences
     uniforms = _uniforms(samples, decoding) if decoding.temperature > 0 else None
-    rows = _decode_rows(model, *embed_prompts(model, samples), stop_ids(tokenizer), decoding, uniforms, synced)
+    stop = stop_ids(tokenizer, model.family)
+    rows = _decode_rows(model, embed_prompts(model, samples), stop, decoding, uniforms, synced)
     texts = decode(tokenizer, rows)
     return [texts[start : start + copies] for start in range(0, len(texts), copies)]
 
 
-def embed_prompts(model: PackedQwen2Audio, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Prompts with their audio as embeddings (B, T, d), padded on the left, and which of them count, (B, T) bool."""
+class Prompts(NamedTuple):
+    """Prompts with their audio, padded on the left."""
+
+    embeds: Tensor  # (B, T, d)
+    mask: Tensor  # (B, T) bool: which of them count
+    positions: Tensor  # (B, T)
+
+
+def embed_prompts(model: PackedAudioLM, samples: Sequence[Sample]) -> Prompts:
+    """The prompts of some samples as the language model takes them."""
     width = max(len(sample.input_ids) for sample in samples)
     ids = torch.zeros(len(samples), width, dtype=torch.long)
-    mask = torch.zeros(len(samples), width, dtype=torch.bool)
+    mask, positions = torch.zeros(len(samples), width, dtype=torch.bool), torch.zeros_like(ids)
     slots = []
     for row, sample in enumerate(samples):
         pad = width - len(sample.input_ids)
         ids[row, pad:], mask[row, pad:] = torch.from_numpy(sample.input_ids), True
+        positions[row, pad:] = torch.from_numpy(sample.positions)
         slots.append(sample.audio_slot + row * width + pad)
     mels = [mel for sample in samples for mel in sample.mels]
     audio_config: Any = model.config.audio_config
@@ -208,18 +219,16 @@ def embed_prompts(model: PackedQwen2Audio, samples: Sequence[Sample]) -> tuple[T
     frames = [frames for sample in samples for frames in sample.clip_frames]
     audio = (torch.from_numpy(mel), torch.tensor(frames, dtype=torch.long), torch.from_numpy(np.concatenate(slots)))
     on_device = (x.to(model.device) for x in (ids, *audio))
-    return model.model.embed(*on_device), mask.to(model.device)
+    return Prompts(model.model.embed(*on_device), mask.to(model.device), positions.to(model.device))
 
 
 def _decode_rows(
-    model: PackedQwen2Audio,
-    embeds: Tensor,
-    mask: Tensor,
+    model: PackedAudioLM,
+    prompts: Prompts,
     stop: list[int],
     decoding: Decoding,
     uniforms: Tensor | None,
     synced: bool,
-    *,
     keep_stop: bool = False,
 ) -> list[list[int]]:
     """Token ids, `num_return_sequences` rows per prompt; a finished row leaves the batch.
@@ -227,18 +236,18 @@ def _decode_rows(
     Args:
         keep_stop: with the stop token that ended a row.
     """
+    embeds, mask, positions = prompts
     copies = decoding.num_return_sequences
     answers: list[list[int]] = [[] for _ in range(len(mask) * copies)]
     alive = list(range(len(answers)))
     text_config: Any = model.config.text_config
     cache = DynamicCache(config=text_config)
     stops = torch.tensor(stop, device=mask.device)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     for step in range(decoding.max_new_tokens):
         hidden = model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=_attended(mask, embeds.size(1)),
-            position_ids=positions,
+            position_ids=model.model.rotary_positions(positions),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as zero
 
+from qwen2audio_train.families.family import Family
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
 
 
@@ -109,12 +110,6 @@ def check_fit(saved: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]
             raise CheckpointError(f"saved weights do not fit the model: {name} is {saved[name]}, expected {expected}")
 
 
-def published_to_module(name: str, own: Any) -> str:
-    """Module name of a published one (`language_model.model.x` -> `model.language_model.x`)."""
-    if name in own:
-        return name
-    if name.startswith("language_model.lm_head."):
-        return name.removeprefix("language_model.")
-    if name.startswith("language_model.model."):
-        return "model.language_model." + name.removeprefix("language_model.model.")
-    return "model." + name
+def published_to_module(name: str, own: Container[str], family: Family) -> str:
+    """Module name of a weight that a checkpoint names as it was published, or as the model's `own` names are."""
+    return name if name in own else family.module_name(name)

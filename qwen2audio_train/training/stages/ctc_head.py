@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.model.ctc import HEAD, HEAD_FILE, CtcHead
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.packed import PackedAudioLM
 from qwen2audio_train.training.checkpoints import folder as folders
 
 
-def attach_ctc_head(model: PackedQwen2Audio, tokenizer: PreTrainedTokenizerBase) -> None:
+def attach_ctc_head(model: PackedAudioLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """A new head over the tokens that plain text is made of."""
     table = cast(nn.Embedding, model.get_input_embeddings()).weight
     special = set(tokenizer.get_added_vocab().values())
@@ -24,7 +24,7 @@ def attach_ctc_head(model: PackedQwen2Audio, tokenizer: PreTrainedTokenizerBase)
     model.attach_ctc_head(CtcHead(table.size(1), torch.tensor(spoken)).to(table.dtype))
 
 
-def attach_auxiliary(config: StageConfig, model: PackedQwen2Audio, tokenizer: PreTrainedTokenizerBase) -> None:
+def attach_auxiliary(config: StageConfig, model: PackedAudioLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """The head of a stage that trains the language model and reads the audio embeddings besides (`ctc.weight`).
 
     It goes on with the head of the checkpoint in `init_from`, if that has one.

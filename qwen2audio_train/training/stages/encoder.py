@@ -10,8 +10,9 @@ from qwen2audio_train.config.schema import AdapterKind, ConfigError, ModelKind, 
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.prompts.pools import tag_tokens
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.model.build import build_model
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.packed import PackedAudioLM
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.checkpoints.restore import kept_whole
 from qwen2audio_train.training.stages.batches import held_out
@@ -37,10 +38,12 @@ def encoder_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
     if not reads_bytes(config):
         return build_tokenizer(config)
     languages = languages_of(training_examples(config.data))
-    return train_tokenizer([], 2**16, tag_tokens(languages, config.data.prompt_style))
+    return train_tokenizer(
+        [], 2**16, tag_tokens(languages, config.data.prompt_style), family=family_of(config.model.family)
+    )
 
 
-def build_listener(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Recogniser | PackedQwen2Audio:
+def build_listener(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Recogniser | PackedAudioLM:
     """The model of the recipe with a head that reads what the tower, or the projector, gives.
 
     Raises:

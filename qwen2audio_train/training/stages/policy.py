@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import (
@@ -20,12 +20,13 @@ from qwen2audio_train.config.schema import (
     StageConfig,
 )
 from qwen2audio_train.data.samples.recipe import FILE, overridden, plain, saved_recipe
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter, check_same_adapter, load_adapter, merge_adapter
-from qwen2audio_train.model.build import build_model
+from qwen2audio_train.model.build import MODELS, build_model
 from qwen2audio_train.model.encoder_cache import encoder_cache_of
 from qwen2audio_train.model.freeze import set_trainable
-from qwen2audio_train.model.packed import PackedQwen2Audio, unwrap
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import base_of, check_weights, start_of
 from qwen2audio_train.training.checkpoints.restore import kept_whole
@@ -49,7 +50,7 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
     if start is not None and base != start:
         trains_adapter = config.adapter.kind is not AdapterKind.none
         if trains_adapter:
-            check_same_adapter(config.adapter, start)
+            check_same_adapter(config.adapter, start, model.family)
         adapted = load_adapter(model, start, trainable=trains_adapter, dropout=config.adapter.dropout)
         if not trains_adapter:
             adapted = merge_adapter(adapted)
@@ -62,7 +63,7 @@ def build_policy(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> Any
         adapted, config.model.activation_checkpointing, config.model.activation_checkpointing_policy
     )
     inner = unwrap(adapted).model
-    inner.encoder_cache = encoder_cache_of(config, inner.audio_tower, process().num_processes)
+    inner.encoder_cache = encoder_cache_of(config, inner.audio_tower, inner.family, process().num_processes)
     if config.model.compile:
         compile_blocks(adapted)
     return adapted
@@ -110,14 +111,16 @@ def load_for_inference(
     base = base_of(folder, check=process().is_main_process)
     saved = saved_recipe(folder)
     recipe = overridden(saved or SampleRecipe(), samples or {})
-    model: Any = PackedQwen2Audio.from_pretrained(base, dtype=dtype.value if dtype else "auto")
+    family = family_of(AutoConfig.from_pretrained(base).model_type)
+    loaded: Any = MODELS[family.name]
+    model: Any = loaded.from_pretrained(base, dtype=dtype.value if dtype else "auto")
     if base != folder:
         model = load_adapter(model, folder, trainable=False)
         if merge:
             model = merge_adapter(model)
     unmerged = base if base != folder and not merge else None
     audio_config: Any = unwrap(model).config.audio_config
-    recipe = replace(recipe, num_mel_bins=audio_config.num_mel_bins)
+    recipe = replace(recipe, num_mel_bins=audio_config.num_mel_bins, family=family.name)
     caveats = differences(folder, saved, recipe, samples or {})
     return Loaded(model.to(process().device).eval(), AutoTokenizer.from_pretrained(folder), recipe, caveats, unmerged)
 
@@ -147,6 +150,7 @@ def _resolved(model: ModelConfig) -> ModelConfig:
 
 def compile_blocks(model: Any) -> None:
     """Compile every encoder and decoder layer in place; equal layers share their code."""
+    blocks = unwrap(model).family.blocks
     for module in model.modules():
-        if type(module).__name__ in ("Qwen2AudioEncoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"):
+        if type(module).__name__ in blocks:
             module.compile(dynamic=True)

@@ -138,6 +138,7 @@ def every_training_pair(
         rank=state.process_index,
         world_size=state.num_processes,
         num_mel_bins=config.model.num_mel_bins,
+        family=config.model.family,
     )
 
 
@@ -168,7 +169,7 @@ def probes(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prob
     examples = list(islice(_held_out_preferences(config), config.preference.probe_examples))
     if not examples:
         return []
-    samples = recipe_of(config.data, config.model.num_mel_bins)
+    samples = recipe_of(config.data, config.model.num_mel_bins, config.model.family)
     decoding = Decoding(max_new_tokens=PROBE_NEW_TOKENS, seed=config.seed)
     found = [drift_probe(tokenizer, examples, samples, decoding)]
     if pairs := [example for example in examples if isinstance(example, PreferenceExample)]:

@@ -24,6 +24,7 @@ from qwen2audio_train.config.data import DataConfig, SampleRecipe
 from qwen2audio_train.config.schema import PARTS, AdapterKind, Stage, StageConfig
 from qwen2audio_train.data.samples.recipe import recipe_of, save_inputs
 from qwen2audio_train.export import generation_config
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import (
     base_of,
@@ -115,7 +116,7 @@ def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFil
     if main and needed and (config.adapter.kind is not AdapterKind.none or config.stage is Stage.dpo):
         for weights in {needed, start or needed}:
             mark_used(weights, config.run_dir)
-    samples = recipe_of(config.data, config.model.num_mel_bins)
+    samples = recipe_of(config.data, config.model.num_mel_bins, config.model.family)
     return RunFiles(text, lineage, partial(save_companions, tokenizer, samples, needed))
 
 
@@ -134,7 +135,7 @@ def save_companions(tokenizer: PreTrainedTokenizerBase, samples: SampleRecipe, b
     """Write what weights need beside them: the processor, where decoding ends, and of an adapter what it lies on."""
     save_inputs(tokenizer, samples, folder)
     if not (folder / "adapter_config.json").is_file():
-        generation_config(tokenizer).save_pretrained(folder)
+        generation_config(tokenizer, family_of(samples.family)).save_pretrained(folder)
     elif base:
         write_base(folder, base)
 

@@ -17,9 +17,11 @@ from qwen2audio_train.data.manifests.corpus import open_corpus
 from qwen2audio_train.data.prompts.pools import language_codes, tag_tokens
 from qwen2audio_train.data.prompts.render import Text
 from qwen2audio_train.data.prompts.timestamps import timestamp_tokens
-from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
+from qwen2audio_train.data.prompts.tokenizer import of_family, train_tokenizer
 from qwen2audio_train.data.samples.recipe import recipe_of, remote_of, render_as
 from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.layout import NUM_MEL_BINS
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.bases import base_of, start_of
@@ -27,7 +29,8 @@ from qwen2audio_train.training.checkpoints.bases import base_of, start_of
 MOST_STREAMED = 10_000
 """Examples of a stream that a tokenizer is fitted on."""
 
-SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
+TAG = r"<\|[^|]*\|>"
+"""Tags of languages and tasks, and most special tokens."""
 
 
 def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
@@ -36,6 +39,7 @@ def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
     A tiny model's is fitted on the training text of the stage. That of parts gets the tags of `prompt_style` and the
     times of `timestamps` that it lacks; finished weights have a vocabulary that stays as it is.
     """
+    family = family_of(config.model.family)
     if (start := start_of(config)) is not None:
         return _with_times(load_tokenizer("init_from", base_of(start, check=False)), config.data)
     if config.model.kind is ModelKind.released:
@@ -44,10 +48,10 @@ def build_tokenizer(config: StageConfig) -> PreTrainedTokenizerBase:
     style = config.data.prompt_style
     if config.model.kind is ModelKind.assembled:
         tags = tag_tokens(language_codes(), style) if style is PromptStyle.hierarchical_tags else ()
-        return as_qwen2_audio(load_tokenizer("model.language_model", config.model.language_model), tags, times)
+        return of_family(load_tokenizer("model.language_model", config.model.language_model), family, tags, times)
     examples = list(training_examples(config.data))
     tags = tag_tokens(languages_of(examples, written=style is PromptStyle.hierarchical_tags), style)
-    return train_tokenizer(texts_of(examples, config.data), config.model.vocab_size, tags, times)
+    return train_tokenizer(texts_of(examples, config.data, family), config.model.vocab_size, tags, times, family)
 
 
 def _with_times(tokenizer: Any, data: DataConfig) -> Any:
@@ -88,9 +92,10 @@ def training_examples(data: DataConfig) -> Iterator[Example]:
         yield from good_examples(find_manifests(name, source, remote_of(data), data.num_workers))
 
 
-def texts_of(examples: Iterable[Example], data: DataConfig) -> Iterator[str]:
+def texts_of(examples: Iterable[Example], data: DataConfig, family: Family = DEFAULT) -> Iterator[str]:
     """What is written and asked in the examples, without the special tokens."""
-    samples = recipe_of(data, NUM_MEL_BINS)
+    special = re.compile("|".join([TAG, *map(re.escape, family.special_tokens)]))
+    samples = recipe_of(data, NUM_MEL_BINS, family.name)
     for example in examples:
         try:
             rendered = render_as(samples, example)
@@ -98,4 +103,4 @@ def texts_of(examples: Iterable[Example], data: DataConfig) -> Iterator[str]:
             continue
         for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
             if isinstance(piece, Text):
-                yield from filter(None, SPECIAL_TOKEN.split(piece.text))
+                yield from filter(None, special.split(piece.text))

@@ -29,7 +29,7 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
     """DPO on packed pairs, with every loss, divergence and metric of TRL.
 
     Args:
-        model: the policy, a `PackedQwen2Audio` or a PEFT model around one.
+        model: the policy, a `PackedAudioLM` or a PEFT model around one.
         reference: where the reference's log-probabilities come from. `adapter`: the policy without its adapter, or, if
             the adapter is not fresh, with a frozen copy of it as it is now; `frozen`: `ref_model`; `cached`: `cache`
             alone; `auto`: `adapter` for a PEFT model without `ref_model`, else `frozen`.

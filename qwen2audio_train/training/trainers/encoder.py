@@ -77,8 +77,10 @@ class EncoderTrainer(PackedTrainer, Trainer):
     def _saved_weights(self, folder: Path) -> SavedWeights:
         names = {name.removeprefix(AUDIO) for name, _ in self._recogniser().named_parameters()}
         head = SavedWeights([folder / HEAD_FILE], lambda name: HEAD + name)
+        family = unwrap(self._recogniser()).family
         found = SavedWeights(
-            (folder / folders.MODEL_FOLDER).glob("*.safetensors"), lambda name: AUDIO + published_to_module(name, names)
+            (folder / folders.MODEL_FOLDER).glob("*.safetensors"),
+            lambda name: AUDIO + published_to_module(name, names, family),
         )
         found.places |= head.places
         return found

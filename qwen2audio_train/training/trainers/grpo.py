@@ -29,6 +29,7 @@ from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_tokens, stop_ids
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.trainers.packed import PackedTrainer
 from qwen2audio_train.training.trainers.policy_loss import PolicyObjective, advantages, kl_estimate, token_weights
 
@@ -137,7 +138,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         return {**batch, "advantage": gains.float().repeat_interleave(lengths), "lengths": lengths}
 
     def _ended(self, row: Sequence[int]) -> bool:
-        return bool(row) and row[-1] in stop_ids(self.tokenizer)
+        return bool(row) and row[-1] in stop_ids(self.tokenizer, unwrap(self.model).family)
 
     def _weigh(self, batches: Sequence[dict[str, Any]]) -> None:
         """Give every token its share of the step's loss, over all ranks and micro-batches."""

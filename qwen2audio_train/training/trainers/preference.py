@@ -62,7 +62,7 @@ class PreferenceTrainer(PackedTrainer):
     """Mixin; see the module's docstring.
 
     Args:
-        model: the policy, a `PackedQwen2Audio` or a PEFT model around one.
+        model: the policy, a `PackedAudioLM` or a PEFT model around one.
         reference: where the reference's log-probabilities come from, as `resolve_reference` gave it.
         ref_model: the frozen copy.
         probes: what evaluation measures besides the held-out pairs, see `guards`; `probe_figures` are patterns of the

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from qwen2audio_train.model.adapters import adapter_names
 from qwen2audio_train.model.ctc import HEAD_FILE
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints import optimizer_state
 from qwen2audio_train.training.checkpoints.restore import SavedWeights, published_to_module, restore_weights
@@ -97,8 +98,9 @@ class ResumedTrainer(Trainer):
             own = adapter_names(self.model)
             return SavedWeights(files, lambda name: own.get(name, name))
         names = {name for name, _ in self.model.named_parameters()}
+        family = unwrap(self.model).family
         own_files = [*(folder / folders.MODEL_FOLDER).glob("*.safetensors"), *folder.glob(HEAD_FILE)]
-        return SavedWeights(own_files, lambda name: published_to_module(name, names))
+        return SavedWeights(own_files, lambda name: published_to_module(name, names, family))
 
 
 def restore_schedule(scheduler: Any, state: dict[str, Any]) -> None:

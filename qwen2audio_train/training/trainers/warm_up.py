@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from typing_extensions import override
 
 from qwen2audio_train.model.ctc import HEAD
+from qwen2audio_train.model.freeze import part_of
+from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints.restore import SavedWeights, whole_state
 from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
 
 UNSCALED_FILE = "unscaled.safetensors"
 """Projector and head as they are trained; `model/` has the projector with the norm of embeddings."""
-
-PROJECTOR = "model.multi_modal_projector."
 
 
 class WarmUpTrainer(PackedTrainer, Trainer):
@@ -119,11 +119,13 @@ class WarmUpTrainer(PackedTrainer, Trainer):
 
     def _weights(self) -> dict[str, Tensor]:
         state = whole_state(self.model, self.args.should_save)
-        self._unscaled = {name: state[name] for name in state if name.startswith((PROJECTOR, HEAD))}
+        family = unwrap(self.model).family
+        parts = {name: "head" if name.startswith(HEAD) else part_of(name, family) for name in state}
+        self._unscaled = {name: state[name] for name in state if parts[name] in ("head", "multi_modal_projector")}
         norms, count = self.sum_over_ranks(self.norms).tolist()
         factor = self.embedding_norm * count / max(norms, 1e-12)
         for name, tensor in self._unscaled.items():
-            if name.startswith(PROJECTOR):
+            if parts[name] == "multi_modal_projector":
                 state[name] = tensor * factor
             elif not name.endswith("bias"):
                 state[name] = tensor / factor

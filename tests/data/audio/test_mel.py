@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
 from qwen2audio_train.data.audio.mel import log_mel
-from qwen2audio_train.layout import MAX_FRAMES, MAX_SAMPLES, mel_columns, num_frames
+from qwen2audio_train.families.qwen2_audio import mel_columns
+from qwen2audio_train.layout import MAX_FRAMES, MAX_SAMPLES, num_frames
 
 
 @cache

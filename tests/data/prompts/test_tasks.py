@@ -24,7 +24,7 @@ from qwen2audio_train.data.prompts import pools
 from qwen2audio_train.data.prompts.render import render, rendered_text
 from qwen2audio_train.data.prompts.timestamps import as_text, decode, spans_in, timestamp_tokens, written
 from qwen2audio_train.data.prompts.tokenize import tokenize
-from qwen2audio_train.data.prompts.tokenizer import as_qwen2_audio, train_tokenizer
+from qwen2audio_train.data.prompts.tokenizer import of_family, train_tokenizer
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.evaluation.scoring.items import OPEN_TASKS, TASK_METRICS
 from tests.runs import logged, recipe, train
@@ -129,7 +129,7 @@ def test_a_time_is_one_token_and_decoding_keeps_it(timed: PreTrainedTokenizerFas
     answer = tokens.input_ids[tokens.label_mask].tolist()
     assert sum(timed.convert_tokens_to_ids(t) in answer for t in ("<|0.32|>", "<|0.61|>", "<|1.10|>")) == 3
     assert decode(timed, [answer]) == [example.target] == ["<0.32>good<0.61> <0.61>morning<1.10>"]
-    special = as_qwen2_audio(train_tokenizer(["good morning"], 600), tags=timestamp_tokens())  # as in released ones
+    special = of_family(train_tokenizer(["good morning"], 600), tags=timestamp_tokens())  # as in released ones
     answer = special("<|0.32|>good<|0.61|><|endoftext|>")["input_ids"]
     assert special.batch_decode([answer], skip_special_tokens=True) == ["good"]
     assert decode(special, [answer]) == ["<0.32>good<0.61>"]

@@ -17,9 +17,9 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast, Qwen2AudioProce
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, PreferenceExample
 from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
 from qwen2audio_train.data.prompts.tokenize import count_tokens, tokenize
-from qwen2audio_train.data.prompts.tokenizer import QWEN2_WORDS, as_qwen2_audio, save_processor, train_tokenizer
+from qwen2audio_train.data.prompts.tokenizer import QWEN2_WORDS, of_family, save_processor, train_tokenizer
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.layout import SPECIAL_TOKENS
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
 
 PUBLISHED = Path(__file__).parents[4] / "shared" / "tokenizer"
 SECOND = 16_000
@@ -33,7 +33,7 @@ def chat(text: str, answer: str = "Hello.", seconds: float = 1.0) -> ChatExample
 def test_trained_tokenizer_is_deterministic_and_complete(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["hello world", "über 你好 123"]
     assert train_tokenizer(texts, 300).get_vocab() == train_tokenizer(texts, 300).get_vocab()
-    ids = tokenizer.convert_tokens_to_ids([*SPECIAL_TOKENS, "<|en|>"])
+    ids = tokenizer.convert_tokens_to_ids([*QWEN2_AUDIO.special_tokens, "<|en|>"])
     assert ids == list(range(ids[0], ids[0] + 7))
     assert len(tokenizer) == ids[-1] + 1 <= 330
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<|im_end|>", "<|endoftext|>", "left")
@@ -88,7 +88,7 @@ def test_label_border_is_exact_for_any_text(tokenizer: Any, question: str, answe
     np.testing.assert_array_equal(tokens.input_ids[border:-2], plain)
 
 
-@pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "<|en|>"])
+@pytest.mark.parametrize("token", [*QWEN2_AUDIO.special_tokens, "<|en|>"])
 def test_data_text_never_becomes_a_special_token(tokenizer: PreTrainedTokenizerFast, token: str) -> None:
     """`render` refuses all but the tags of languages; what gets by it is characters."""
     special = tokenizer.convert_tokens_to_ids(token)
@@ -153,14 +153,16 @@ def published_tokenizer() -> PreTrainedTokenizerFast:
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    return as_qwen2_audio(PreTrainedTokenizerFast(tokenizer_object=bpe))
+    return of_family(PreTrainedTokenizerFast(tokenizer_object=bpe))
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="the published vocabulary is not part of this repository")
 def test_published_token_vector() -> None:
     special = json.loads((PUBLISHED / "qwen2_audio_special_tokens.json").read_text())
     tokenizer = published_tokenizer()
-    assert {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS} == special["special_tokens"]
+    assert {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN2_AUDIO.special_tokens} == special[
+        "special_tokens"
+    ]
     expected = []
     for item in special["test_vector"]["expected_ids"]:
         expected += [151646] * 101 if isinstance(item, str) else [item]

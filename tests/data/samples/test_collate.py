@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen2audio_train.data.samples.collate import pack, pack_preference, task_weights
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.layout import mel_columns, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import mel_columns, num_audio_tokens
 
 
 def make_sample(

@@ -17,7 +17,7 @@ from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.model.adapters import apply_adapter
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from qwen2audio_train.training.reference.cache import ReferenceCache, ReferenceCacheError
 from qwen2audio_train.training.reference.reference import reference_digest
 from tests.model.rows import BANDS, tiny_config

@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2AudioForConditionalGeneration
 
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.model.packed import PackedQwen2Audio
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import tiny_config
 from tests.training.pairs import batches_of, config, our_trainer, random_pair, stock_trainer
 

@@ -1,0 +1,69 @@
+"""The roots of `evaluate.yaml` and `export.yaml`: what is done with a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from qwen2audio_train.config.bounds import at_least
+from qwen2audio_train.config.data import MAX_SEED
+from qwen2audio_train.config.schema import Dtype
+
+
+@dataclass
+class EvaluateConfig:
+    """Root of `evaluate.yaml`: a checkpoint, the manifests that it is scored on, and how it decodes.
+
+    Attributes:
+        checkpoint: hub id, released checkpoint, run folder, checkpoint or adapter.
+        manifests: held-out manifest per name.
+        pairs: preference manifest on which pair accuracy is measured.
+        train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
+        output_dir: where `metrics.json`, `table.txt` and the decoded texts go.
+        seed: of the confidence intervals.
+        max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
+        max_new_tokens: longest answer in tokens.
+        tokens_per_batch: prompt and answer tokens of a batch while decoding.
+        num_threads: CPU threads of each rank; 0 leaves torch's choice.
+        bootstrap_samples: resamples behind each confidence interval.
+        sample, dtype: fields of the checkpoint's `SampleRecipe`, and the type of its weights, where they are to differ.
+    """
+
+    checkpoint: str = MISSING
+    manifests: dict[str, str] = field(default_factory=dict)
+    pairs: str | None = None
+    train_manifests: list[str] = field(default_factory=list)
+    output_dir: str = MISSING
+    seed: int = at_least(0, 0, MAX_SEED)
+    max_examples: int = at_least(0, 0)
+    max_new_tokens: int = at_least(1, 256)
+    tokens_per_batch: int = at_least(1, 8192)
+    num_threads: int = at_least(0, 0)
+    bootstrap_samples: int = at_least(1, 1000)
+    sample: dict[str, Any] = field(default_factory=dict)
+    dtype: Dtype | None = None
+
+
+@dataclass
+class ExportConfig:
+    """Root of `export.yaml`: what to export, where to, and recordings on which the export is compared with our path.
+
+    Attributes:
+        checkpoint: run folder, checkpoint or adapter.
+        output_dir: folder that plain transformers (or peft) reads afterwards.
+        merge: add an adapter's weights to its base; a server that cannot adapt the audio tower needs it.
+        dtype: type of the weights that are written.
+        check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree.
+        check_examples: how many examples of `check_manifest` are compared.
+        num_threads: CPU threads; 0 leaves torch's choice.
+    """
+
+    checkpoint: str = MISSING
+    output_dir: str = MISSING
+    merge: bool = True
+    dtype: Dtype = Dtype.float32
+    check_manifest: str | None = None
+    check_examples: int = at_least(1, 8)
+    num_threads: int = at_least(0, 0)
