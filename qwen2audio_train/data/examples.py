@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qwen2audio_train.layout import SPECIAL_TOKENS
+from qwen2audio_train.families.known import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class UnpairedExample:
 Example = TaskExample | ChatExample | PreferenceExample | UnpairedExample
 
 
+_SPECIAL = [re.escape(token) for family in FAMILIES.values() for token in family.special_tokens]
 MARK = re.compile(
-    "|".join([r"<\|/?(?:audio|image|video)\w*\|>", "</?(?:audio|image|video)>", *map(re.escape, SPECIAL_TOKENS)]),
-    re.IGNORECASE,
+    "|".join([r"<\|/?(?:audio|image|video)\w*\|>", "</?(?:audio|image|video)>", *_SPECIAL]), re.IGNORECASE
 )
 NO_MARK = (
     "text alone: a clip is a part of the message, or stands in `audios` beside it (data_manifests/README.md), and the "
