@@ -44,7 +44,7 @@ def test_texts_do_not_depend_on_the_batches(model):
 
 def test_texts_are_those_of_the_stock_loop(model):
     samples, tokenizer = mixed_samples(), tiny_tokenizer()
-    embeds, mask = embed_prompts(model, samples)
+    embeds, mask, _ = embed_prompts(model, samples)
     stops = stop_ids(tokenizer)
     stock = model.generate(
         inputs_embeds=embeds,
@@ -112,7 +112,7 @@ def test_sampled_tokens_follow_the_distribution():
     model, tokenizer, sample = tiny_model(spread=2.0), tiny_tokenizer(), task_sample("a", 0.3)
     decoding = Decoding(max_new_tokens=1, temperature=1.3, num_return_sequences=4000, tokens_per_batch=10**6)
     drawn = Counter(sample_texts(model, tokenizer, [sample], decoding)[0])
-    embeds, mask = embed_prompts(model, [sample])
+    embeds, mask, _ = embed_prompts(model, [sample])
     with torch.no_grad():
         logits = model(inputs_embeds=embeds, attention_mask=mask.long()).logits[0, -1]
     logits[stop_ids(tokenizer)] = float("-inf")
