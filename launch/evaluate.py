@@ -44,7 +44,8 @@ def main(config: EvaluateConfig) -> None:
     seen = [example for path in config.train_manifests for example in read_manifest(path)]
     found = [example for path in config.manifests.values() for example in read_manifest(path)]
     examples = some_of_each(found, config.max_examples)
-    result = evaluate(model, tokenizer, examples, samples, decoding=decoding, train_examples=seen, **drawn)
+    asked: dict[str, Any] = {"decoding": decoding, "label_likelihood": config.label_likelihood, **drawn}
+    result = evaluate(model, tokenizer, examples, samples, train_examples=seen, **asked)
     result = replace(result, caveats=(*loaded.caveats, *result.caveats))
     pairs: dict[str, PairScores] = {}
     if config.pairs:

@@ -28,6 +28,7 @@ class EvaluateConfig:
         tokens_per_batch: prompt and answer tokens of a batch while decoding.
         num_threads: CPU threads of each rank; 0 leaves torch's choice.
         bootstrap_samples: resamples behind each confidence interval.
+        label_likelihood: score closed sets also by which of their answers is the likeliest.
         sample, dtype: fields of the checkpoint's `SampleRecipe`, and the type of its weights, where they are to differ.
     """
 
@@ -42,6 +43,7 @@ class EvaluateConfig:
     tokens_per_batch: int = at_least(1, 8192)
     num_threads: int = at_least(0, 0)
     bootstrap_samples: int = at_least(1, 1000)
+    label_likelihood: bool = False
     sample: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype | None = None
 

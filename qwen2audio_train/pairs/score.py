@@ -58,14 +58,13 @@ def exact_score(question: Question, answers: Sequence[str]) -> list[float]:
 
 def auto_score(question: Question, answers: Sequence[str]) -> list[float]:
     """The score that goes with the question's task."""
-    if question.task is None or question.task in OPEN_TASKS:
+    if question.task is None or question.task in OPEN_TASKS or TASK_METRICS.get(question.task) == "timestamps":
         known = question.task or "none; give meta.task"
         raise ScoreError(
             f'question "{question.id}": score=auto needs a task with one right answer, found {known}; or give '
             "score=error_rate, bleu, exact, judge or file.py:function"
         )
-    metric = TASK_METRICS.get(question.task, "exact")
-    return SCORERS[metric](question, answers)
+    return SCORERS[TASK_METRICS.get(question.task, "exact")](question, answers)
 
 
 def choice_score(question: Question, answers: Sequence[str]) -> list[float]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.data.examples import Example, clips_of, with_clips
+from qwen2audio_train.data.examples import Example, TaskExample, clips_of, with_clips
+from qwen2audio_train.data.prompts.render import Text
+from qwen2audio_train.data.prompts.tokenize import text_encoder
 from qwen2audio_train.data.samples.maker import is_long, measure, with_duration
 from qwen2audio_train.data.samples.sample import Sample, materialise
 from qwen2audio_train.errors import ExampleError
+from qwen2audio_train.families.known import family_of
 
 LOADING_THREADS = 4
 """Threads that decode the audio of the next batch while the model works on this one."""
@@ -24,6 +28,9 @@ Audio = Literal["own", "swapped", "silence"]
 
 class LazySamples(Sequence[Sample | None]):
     """Samples of examples, made anew at each access; None where that fails, with the reason in `failed`.
+
+    Args:
+        options: per example the answers whose likelihood is asked for; they become branches of its prompt.
 
     Attributes:
         lengths: tokens of every sample (from the manifest's durations, or else the files' headers).
@@ -40,12 +47,14 @@ class LazySamples(Sequence[Sample | None]):
         for_generation: bool,
         audio: Audio = "own",
         seed: int = 0,
+        options: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.examples = swap_audio(examples, seed) if audio == "swapped" else list(examples)
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.for_generation = for_generation
         self.silent = audio == "silence"
+        self.options = options
         self.failed: dict[int, str] = {}
         self.num_long = 0
         self.lengths = [self._length(index) for index in range(len(self.examples))]
@@ -57,13 +66,14 @@ class LazySamples(Sequence[Sample | None]):
         if index in self.failed:
             return None
         try:
-            return materialise(
+            sample = materialise(
                 self.examples[index],
                 self.tokenizer,
                 self.recipe,
                 for_generation=self.for_generation,
                 augment_waveform=np.zeros_like if self.silent else None,
             )
+            return sample if self.options is None else replace(sample, branches=self._branches(index))
         except ExampleError as error:
             self.failed[index] = str(error)
             return None
@@ -78,7 +88,17 @@ class LazySamples(Sequence[Sample | None]):
         except ExampleError as error:
             self.failed[index] = str(error)
             return 0
-        return found.audio_tokens + found.text_tokens
+        answers = [] if self.options is None else self._branches(index)
+        return found.audio_tokens + found.text_tokens + sum(map(len, answers))
+
+    def _branches(self, index: int) -> tuple[np.ndarray, ...]:
+        """The options of a prompt as answers that end as the example's own would."""
+        family, options = family_of(self.recipe.family), self.options or ()
+        end = family.text_end if isinstance(self.examples[index], TaskExample) else family.turn_end
+        encoder = text_encoder(self.tokenizer)
+        return tuple(
+            np.array(encoder.encode([Text(text, True), Text(end, True, True)]), np.int64) for text in options[index]
+        )
 
 
 def load_ahead(

@@ -12,7 +12,7 @@ from qwen2audio_train.evaluation.scoring.benchmarks import Metric
 from qwen2audio_train.evaluation.scoring.bootstrap import Difference, paired_difference
 from qwen2audio_train.evaluation.scoring.items import Item
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER
-from qwen2audio_train.evaluation.scoring.score import STAMPS, counts_of, grouped
+from qwen2audio_train.evaluation.scoring.score import counts_of, grouped, stamp_of
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned
 
 Texts = Mapping[tuple[str, str], tuple[Item, str]]
@@ -107,7 +107,7 @@ def compare_all(
             skipped.append(f"{source} ({metric})")
             continue
         change = paired_difference(runs[0], runs[1], samples=bootstrap_samples, seed=seed)
-        found.append(Comparison(source, task, language, _name(metric, language), len(items), change, STAMPS[metric]))
+        found.append(Comparison(source, task, language, _name(metric, language), len(items), change, stamp_of(metric)))
     return Compared(tuple(found), len(before) - len(common), len(after) - len(common), tuple(skipped))
 
 
@@ -142,7 +142,7 @@ def comparison_table(compared: Compared) -> str:
 def _name(metric: str, language: str | None) -> str:
     if metric == "error_rate":
         return "cer" if language in PER_CHARACTER else "wer"
-    return "hallucination" if metric == "hallucination" else "accuracy"
+    return {"hallucination": "hallucination", "timestamps": "aas_ms"}.get(metric, "accuracy")
 
 
 def _texts(folder: Path) -> Texts:

@@ -13,7 +13,19 @@ import yaml
 
 from qwen2audio_train.data.examples import ChatExample, Clip, Example, Message, TaskExample
 
-Metric = Literal["error_rate", "bleu", "accuracy", "exact_accuracy", "choice", "letter", "judge", "hallucination"]
+Metric = Literal[
+    "error_rate",
+    "bleu",
+    "accuracy",
+    "exact_accuracy",
+    "choice",
+    "letter",
+    "judge",
+    "hallucination",
+    "captions",
+    "map",
+    "timestamps",
+]
 LETTERS = "ABCDEFGHIJ"
 
 

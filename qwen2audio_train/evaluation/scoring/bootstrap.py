@@ -130,6 +130,16 @@ def resampled_score(
     return Score(metric, value, low, high, len(table))
 
 
+def weighted_score(
+    metric: str, n: int, value_of: Callable[[Counts], float], *, samples: int = 1000, seed: int = 0
+) -> Score:
+    """A metric that `value_of` computes from how often each of the n utterances counts, (n,)."""
+    value = value_of(np.ones(n, dtype=np.int64)) if n else float("nan")
+    draws = [np.array([value_of(row) for row in rows]) for rows in _resamples(n, samples, seed)]
+    low, high = _interval(draws)
+    return Score(metric, value, low, high, n)
+
+
 def _resamples(n: int, samples: int, seed: int) -> Iterator[Counts]:
     """How often each utterance is drawn, (r, n) at a time, R rows in all; the same for equal (n, samples, seed)."""
     if n == 0:

@@ -28,7 +28,8 @@ from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, held_out_loss, score_labels
 from qwen2audio_train.evaluation.scoring.normalise import caveats
-from qwen2audio_train.evaluation.scoring.score import Row, score_texts
+from qwen2audio_train.evaluation.scoring.options import option_rows
+from qwen2audio_train.evaluation.scoring.score import Row, check_libraries, score_texts
 from qwen2audio_train.evaluation.scoring.table import NAMES, aligned, extra_text, interval_text, value_text
 from qwen2audio_train.model.packed import unwrap
 
@@ -64,6 +65,7 @@ def evaluate(
     decoding: Decoding = GREEDY,
     train_examples: Iterable[Example] = (),
     audio: Audio = "own",
+    label_likelihood: bool = False,
     bootstrap_samples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -74,6 +76,7 @@ def evaluate(
             with the earlier turns as they are written.
         train_examples: they tell which words were never seen and which answer a deaf model would give.
         audio: "silence" or "swapped" ask what is left without the right audio.
+        label_likelihood: score closed sets also by which of their answers is the likeliest.
 
     Raises:
         ValueError: a preference among the examples.
@@ -84,6 +87,7 @@ def evaluate(
         raise UserError("preference examples have no single right answer: score them with score_pairs")
     prompts = LazySamples(examples, tokenizer, recipe, for_generation=True, audio=audio, seed=seed)
     items = [item for item in map(item_of, prompts.examples) if item is not None]
+    check_libraries(items)
     texts = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)
     learnable = [e for e, item in zip(prompts.examples, items, strict=True) if item.reference is not None]
     whole = LazySamples(learnable, tokenizer, recipe, for_generation=False)
@@ -95,6 +99,14 @@ def evaluate(
     ]
     decoded = [(item, text) for item, text, _ in answered]
     rows = score_texts(decoded, Seen.of(train_examples), bootstrap_samples=bootstrap_samples, seed=seed)
+    if label_likelihood:
+        asked = list(zip(items, prompts.examples, strict=True))
+        drawn: dict[str, Any] = {
+            "samples": bootstrap_samples,
+            "seed": seed,
+            "tokens_per_batch": decoding.tokens_per_batch,
+        }
+        rows += option_rows(model, tokenizer, asked, recipe, audio=audio, **drawn)
     return Evaluation(
         rows=tuple(rows),
         loss=loss,

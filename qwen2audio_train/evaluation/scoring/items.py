@@ -11,12 +11,18 @@ from qwen2audio_train.data.examples import ChatExample, Clip, Example, TaskExamp
 from qwen2audio_train.evaluation.scoring.benchmarks import Metric, benchmarks
 from qwen2audio_train.evaluation.scoring.normalise import normalise, units
 
-TASK_METRICS: dict[str, Metric] = {"asr": "error_rate", "dasr": "error_rate", "osr": "error_rate", "s2tt": "bleu"}
+TASK_METRICS: dict[str, Metric] = {
+    "asr": "error_rate",
+    "dasr": "error_rate",
+    "osr": "error_rate",
+    "s2tt": "bleu",
+    "srwt": "timestamps",
+}
 """Metric of a task; every other task has short answers and is scored by accuracy. The pools name the metric that a task
 asks for; a test keeps the two together."""
 
-OPEN_TASKS = frozenset({"aac", "mc", "srwt", "sd", "sg", "ag", "sed", "sf", "ner"})
-"""Captions, which only a judge or several references can score, and answers of several parts."""
+OPEN_TASKS = frozenset({"aac", "mc", "sd", "sg", "ag", "sed", "sf", "ner"})
+"""Captions, which only a judge or `meta.references`, all that are right, can score, and answers of several parts."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Item:
 
     `meta` may hold: `unseen_words` (words of the reference that training never had), `said` (what is spoken in each
     clip), `answer` (of a question that is to be transcribed), `choices`, `kind` (for a breakdown), `no_speech` (true
-    where nobody speaks), and `task` and `language` for a chat example, which has no fields for them.
+    where nobody speaks), `references` (all captions that are right), and `task` and `language` for a chat example,
+    which has no fields for them.
     """
 
     id: str
@@ -82,11 +89,17 @@ def _item(example: Example, *, task: str, **fields: Any) -> Item:
     elif known is not None:
         metric = known.metric
     else:
-        metric = None if task in OPEN_TASKS else TASK_METRICS.get(task, "accuracy")
-    if metric not in ("error_rate", "bleu"):
+        metric = _task_metric(task, example.meta)
+    if metric not in ("error_rate", "bleu", "timestamps"):
         # One question about recordings of several languages is one task; split by language it would have other chances.
         fields["language"] = None
     return Item(example.id, example.source, task, metric=metric, meta=example.meta, **fields)
+
+
+def _task_metric(task: str, meta: Mapping[str, Any]) -> Metric | None:
+    if task in OPEN_TASKS:
+        return "captions" if meta.get("references") else None
+    return TASK_METRICS.get(task, "accuracy")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import jiwer
 import numpy as np
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 
 from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.evaluation.scoring.benchmarks import LETTERS
@@ -94,6 +94,17 @@ def bleu(
         return float(BLEU.compute_bleu(ngrams[:4], ngrams[4:], hyp_len, ref_len, smooth_method="exp").score)
 
     return resampled_score("bleu", table, corpus, samples=samples, seed=seed)
+
+
+def chrf(references: Sequence[str], hypotheses: Sequence[str], *, samples: int = 1000, seed: int = 0) -> Score:
+    """Corpus chrF2 (characters up to 6-grams, beta 2; Popović 2015) by sacrebleu, without normalisation."""
+    metric = CHRF()
+    table = np.asarray(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.int64)
+
+    def corpus(sums: Counts) -> float:
+        return float(metric._compute_score_from_stats(sums.tolist()).score)
+
+    return resampled_score("chrf", table.reshape(len(references), -1), corpus, samples=samples, seed=seed)
 
 
 def accuracy(

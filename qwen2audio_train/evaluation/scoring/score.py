@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen2audio_train.evaluation.scoring import metrics
+from qwen2audio_train.evaluation.scoring import captions, labels, metrics, timestamps
 from qwen2audio_train.evaluation.scoring.benchmarks import Metric, benchmarks
 from qwen2audio_train.evaluation.scoring.bootstrap import Score, proportion, ratio_score
 from qwen2audio_train.evaluation.scoring.items import Item, Seen
@@ -25,6 +25,8 @@ STAMPS: dict[Metric, str] = {
     "choice": "option_words/1",
     "letter": "option_letter/2",
     "hallucination": "any_words/1",
+    "map": "labels/1",
+    "timestamps": "aas/1",
 }
 """Name and version of how an answer is read and scored, by metric; raised whenever a change can move a number."""
 
@@ -60,16 +62,27 @@ def score_texts(
     for (source, task, language, metric), group in grouped(decoded).items():
         known = benchmarks().get(source)
         items, texts = [item for item, _ in group], [text for _, text in group]
-        stamp, prompt = STAMPS[metric], known.stamp if known else ""
-        main = _main_score(metric, items, texts, seen, settings)
+        stamp, prompt = stamp_of(metric), known.stamp if known else ""
+        main, *others = _scores(metric, items, texts, seen, settings)
         rows.append(Row(source, task, language, "", main, dict(known.published) if known else {}, stamp, prompt))
-        others = [*_unseen(metric, items, texts, seen, settings), *_mode_confusion(items, texts, settings)]
+        others += [*_unseen(metric, items, texts, seen, settings), *_mode_confusion(items, texts, settings)]
         rows += [Row(source, task, language, "", score, {}, stamp, prompt) for score in others]
         rows += [
             Row(source, task, language, kind, score, {}, stamp, prompt)
             for kind, score in _by_kind(metric, group, seen, settings)
         ]
     return rows
+
+
+def stamp_of(metric: Metric) -> str:
+    """How answers are read and scored, with its version."""
+    return captions.stamp() if metric == "captions" else STAMPS[metric]
+
+
+def check_libraries(items: Sequence[Item]) -> None:
+    """Score nothing at all: raises MissingLibraryError before anything is decoded that could not be scored."""
+    first = {(item.source, item.task, item.language, item.metric): (item, "") for item in items}
+    score_texts(list(first.values()), Seen(), bootstrap_samples=0)
 
 
 def grouped(
@@ -84,13 +97,15 @@ def grouped(
 
 
 def counts_of(metric: Metric, items: Sequence[Item], texts: Sequence[str]) -> Counts | None:
-    """Errors (or right answers) and what they are counted out of, per utterance; None for BLEU, which does not add up.
+    """Errors (or right answers) and what they are counted out of, per utterance; None where they do not add up (BLEU).
 
     Items of one group: all have the same language.
     """
     references, language = [item.reference or "" for item in items], items[0].language
-    if metric == "bleu":
+    if metric in ("bleu", "captions", "map"):
         return None
+    if metric == "timestamps":
+        return timestamps.shifts_ms(references, texts)[:2]
     if metric == "error_rate":
         return metrics.edit_counts(references, texts, [language] * len(items))
     if metric == "hallucination":
@@ -102,6 +117,31 @@ def counts_of(metric: Metric, items: Sequence[Item], texts: Sequence[str]) -> Co
     else:
         flags = metrics.is_right(references, texts, language=language, exact=metric == "exact_accuracy")
     return flags, [1] * len(flags)
+
+
+def _scores(
+    metric: Metric, items: Sequence[Item], texts: Sequence[str], seen: Seen, settings: dict[str, Any]
+) -> list[Score]:
+    """The score of a metric, and what always stands beside it."""
+    references = [item.reference or "" for item in items]
+    if metric == "captions":
+        return captions.caption_scores(
+            [item.meta.get("references") or [item.reference] for item in items], texts, **settings
+        )
+    if metric == "map":
+        classes = sorted({label.strip() for item in items for label in _labels(item)})
+        tables = (labels.label_table(lines, classes) for lines in (references, texts))
+        return [labels.mean_average_precision(*tables, **settings)]
+    if metric == "timestamps":
+        wanted, said = ([timestamps.spoken(text) for text in lines] for lines in (references, texts))
+        rate = metrics.error_rate(wanted, said, items[0].language, **settings)
+        return [timestamps.average_shift(references, texts, **settings), rate]
+    main = _main_score(metric, items, texts, seen, settings)
+    return [main, metrics.chrf(references, texts, **settings)] if metric == "bleu" else [main]
+
+
+def _labels(item: Item) -> list[str]:
+    return item.meta.get("choices") or (item.reference or "").split(",")
 
 
 def _main_score(
@@ -132,6 +172,9 @@ def _main_score(
     answers = [{normalise(option, language) for option in known} for known in options]
     off = sum(normalise(text, language) not in known for text, known in zip(texts, answers, strict=True))
     score.extra["unparsed"] = float(off)
+    beside: Metric = "accuracy" if metric == "exact_accuracy" else "exact_accuracy"
+    flags = metrics.is_right(references, texts, language=language, exact=beside == "exact_accuracy")
+    score.extra[STAMPS[beside]] = sum(flags) / len(flags)
     return score
 
 

@@ -18,6 +18,7 @@ PERCENT = frozenset(
         "transcribed_instead",
         "answered_instead",
         "hallucination",
+        "label_accuracy",
     }
 )
 """Metrics that are shares."""
@@ -32,6 +33,14 @@ NAMES = {
     "pair_accuracy": "pair accuracy",
     "hallucination": "words where nobody speaks",
     "judge": "judge's score",
+    "chrf": "chrF",
+    "cider_d": "CIDEr-D",
+    "rouge_l": "ROUGE-L",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "map": "mAP",
+    "aas_ms": "AAS in ms",
+    "label_accuracy": "accuracy by likelihood",
 }
 """How a metric is called where people read it; the others by their own names."""
 
@@ -57,7 +66,7 @@ def interval_text(metric: str, low: float | None, high: float | None) -> str:
 
 
 def _digits(metric: str) -> int:
-    return 1 if metric in PERCENT or metric == "bleu" else 2
+    return 1 if metric in PERCENT or metric in ("bleu", "chrf", "aas_ms") else 2
 
 
 def extra_text(score: Score) -> str:
@@ -66,7 +75,8 @@ def extra_text(score: Score) -> str:
     known = [(name, score.extra[name]) for name in shown if name in score.extra]
     texts = [f"{name} {value_text(score.metric, value)}" for name, value in known]
     if unparsed := score.extra.get("unparsed"):
-        texts.append(f"{unparsed:.0f} of {score.n} name no option")
+        what = "have no times" if score.metric == "aas_ms" else "name no option"
+        texts.append(f"{unparsed:.0f} of {score.n} {what}")
     return ", ".join(texts)
 
 
