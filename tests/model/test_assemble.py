@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from qwen2audio_train.config.schema import ModelConfig, ModelKind
+from qwen2audio_train.data.prompts.tokenizer import of_family, train_tokenizer
 from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
 from qwen2audio_train.model.build import add_special_tokens, build_model
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
@@ -91,6 +92,26 @@ def test_vocabulary_grows_by_the_audio_tokens_and_no_old_row_changes(tmp_path: P
     assert torch.equal(head, embedding)
     assert head.data_ptr() != embedding.data_ptr()
     assert not model.config.text_config.tie_word_embeddings
+
+
+def test_a_new_row_is_the_mean_of_the_pieces_of_its_name(tmp_path: Path) -> None:
+    write_whisper(tmp_path / "whisper")
+    own = train_tokenizer(["weather"], 300)
+    lm = write_language_model(tmp_path / "lm", "llama", own, tied=False)
+    tags = ["<|transcribe|>", "<|0.32|>", "<|0.33|>"]
+    grown = of_family(train_tokenizer(["weather"], 300), QWEN2_AUDIO, tags[:1], tags[1:])
+    model = build_model(recipe(tmp_path), tokenizer=grown)
+    for old, new in (
+        (lm.get_input_embeddings().weight, model.get_input_embeddings().weight),
+        (lm.get_output_embeddings().weight, model.lm_head.weight),
+    ):
+        assert torch.equal(new[: len(own)], old)
+        assert len(new) == len(own) + 3
+        for number, tag in enumerate(tags, start=len(own)):
+            pieces = own(tag, add_special_tokens=False)["input_ids"]
+            assert len(pieces) > 5
+            assert torch.allclose(new[number], old[pieces].mean(0), atol=1e-7)
+        assert not torch.equal(new[-1], new[-2])
 
 
 def test_padded_vocabulary_is_kept_where_the_tokenizer_fits_into_it(tmp_path: Path) -> None:
