@@ -22,6 +22,7 @@ from qwen2audio_train.evaluation.reporting.write import ReportOptions
 from qwen2audio_train.pairs.make import RuleOptions, SamplingOptions
 from qwen2audio_train.parts.fetch import PartsOptions
 from qwen2audio_train.planning.forecast import PlanOptions
+from qwen2audio_train.training.checkpoints.average import AverageOptions
 
 SCHEMAS: dict[str, Any] = {
     "pretrain, sft, dpo, grpo, encoder": StageConfig,
@@ -33,6 +34,7 @@ SCHEMAS: dict[str, Any] = {
     "evaluate judge": JudgeOptions,
     "report": ReportOptions,
     "export": ExportConfig,
+    "average": AverageOptions,
     "data convert": ConvertOptions,
     "data chat": ChatOptions,
     "data check": CheckOptions,

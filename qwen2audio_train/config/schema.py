@@ -157,11 +157,15 @@ class OptimizerConfig:
     Attributes:
         learning_rates: rate of a part, such as `audio_tower`, where it differs from `trainer.learning_rate`.
         encoder_layer_decay: factor on the rate from one encoder layer to the one below it (Qwen-Audio: 0.95).
+        frozen_until: step before which a part, such as `language_model`, keeps its weights: its rate is 0.
+        frozen_from: step from which a part keeps its weights.
         max_skipped_steps: steps in a row without finite loss and gradient that are skipped; one more ends the run.
     """
 
     learning_rates: dict[str, float] = field(default_factory=dict, metadata={"choices": PARTS, "least": 0})
     encoder_layer_decay: float = at_least(0, 1.0)
+    frozen_until: dict[str, int] = field(default_factory=dict, metadata={"choices": PARTS, "least": 1})
+    frozen_from: dict[str, int] = field(default_factory=dict, metadata={"choices": PARTS, "least": 1})
     max_skipped_steps: int = at_least(0, 3)
 
 

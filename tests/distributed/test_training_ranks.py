@@ -29,6 +29,7 @@ STEPS = (
     "data.packs_per_step=3",  # the second forward of rank 1 is a filler
     "data.tokens_per_pack=60",
 )
+FREEZE = ("optimizer.frozen_from.multi_modal_projector=10", "optimizer.frozen_until.lm_head=14")
 LORA = ("adapter.kind=lora", "adapter.r=2", "adapter.modules=[language_model,audio_tower]", "adapter.dropout=0.0")
 TEXT = (*STEPS, "trainer.max_steps=2", "trainer.save_steps=1000")
 PAIRS = (*STEPS, "data.tokens_per_pack=200", "trainer.max_steps=6", "trainer.save_steps=1000", "trainer.beta=0.5")
@@ -71,6 +72,9 @@ def jobs() -> list[Job]:
             Job(f"lora-{number}-resumed", (*STEPS, *LORA, *zero(number)), resume=f"lora-{number}/checkpoint-10"),
             Job(f"pairs-{number}", (*PAIRS, *zero(number)), ("pairs",)),
         ]
+    for number in ("none", "2", "3"):
+        found.append(Job(f"freeze-{number}", (*STEPS, *FREEZE, *zero(number))))
+    found.append(Job("freeze-3-resumed", (*STEPS, *FREEZE, *zero("3")), resume="freeze-3/checkpoint-10"))
     for name, overrides in OFFLOAD.items():
         found.append(Job(name, (*STEPS, "trainer.optim=adamw_torch", *overrides)))
     name = "offload-cpu-adam"
@@ -178,6 +182,19 @@ def test_resumed_is_uninterrupted(kind: str, number: str, two: Path) -> None:
     expected = weights(two / f"{kind}-{number}")
     for name, value in weights(two / f"{kind}-{number}-resumed").items():
         assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-8), name
+
+
+@pytest.mark.parametrize("number", ["none", "2", "3"])
+def test_a_part_keeps_its_weights_from_a_step_on_and_until_one(number: str, two: Path) -> None:
+    half, end = (weights(two / f"freeze-{number}", step) for step in (10, 20))
+    head, projector = "language_model.lm_head.weight", "multi_modal_projector.linear.weight"
+    assert torch.equal(half[projector], end[projector])
+    assert not torch.equal(half[head], end[head])
+    assert torch.equal(half[head], weights(two / "freeze-none", 10)[head])  # as they were built
+    assert furthest(figures(two / f"freeze-{number}"), figures(two / "freeze-none")) < 1e-3
+    if number == "3":
+        resumed = weights(two / "freeze-3-resumed")
+        assert all(torch.allclose(value, end[name], rtol=1e-6, atol=1e-8) for name, value in resumed.items())
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

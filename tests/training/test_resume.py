@@ -91,10 +91,11 @@ def assert_same_end(whole: Path, resumed: Path, last: int = 5) -> None:
         (pairs_recipe, LORA, 3, []),
         (pairs_recipe, [], 3, []),
         (encoder_recipe, [], 3, []),
+        (recipe, ["optimizer.frozen_until.language_model=4", "optimizer.frozen_from.audio_tower=2"], 3, []),
         (warm_up_recipe, ["ctc.sampled_tokens=50"], 3, []),
         (warm_up_recipe, ["stage=pretrain", "ctc.weight=0.5", "ctc.sampled_tokens=50"], 3, []),
     ],
-    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "warm-up", "ctc beside"],
+    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "freeze by step", "warm-up", "ctc beside"],
 )
 def test_resumed_is_uninterrupted(
     make: Any, overrides: list[str], stop: int, changes: list[str], noise: Path, tmp_path: Path

@@ -36,6 +36,7 @@ from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints import optimizer_state, writing
 from qwen2audio_train.training.checkpoints.restore import whole_state
+from qwen2audio_train.training.trainers.freeze_schedule import freeze_by_step
 from qwen2audio_train.training.trainers.guard import GuardedTrainer
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
 from qwen2audio_train.training.trainers.resumed import CONFIG_FILE, ResumedTrainer
@@ -109,6 +110,13 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.args, self.model, self.rates)
         return self.optimizer
+
+    @override
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of `trainer.lr_scheduler_type`, with parts that wait or stop."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        freeze_by_step(scheduler, self.rates)
+        return scheduler
 
     def held_out_figures(self) -> set[str]:
         """Patterns of the figures that every evaluation logs; none where there is nothing to evaluate."""
