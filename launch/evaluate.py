@@ -45,6 +45,7 @@ def main(config: EvaluateConfig) -> None:
     found = [example for path in config.manifests.values() for example in read_manifest(path)]
     examples = some_of_each(found, config.max_examples)
     asked: dict[str, Any] = {"decoding": decoding, "label_likelihood": config.label_likelihood, **drawn}
+    asked["keep_in"] = config.output_dir
     result = evaluate(model, tokenizer, examples, samples, train_examples=seen, **asked)
     result = replace(result, caveats=(*loaded.caveats, *result.caveats))
     pairs: dict[str, PairScores] = {}

@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from qwen2audio_train.data.prompts.timestamps import decode
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
+from qwen2audio_train.evaluation.decoding.kept import KeptAnswers
 from qwen2audio_train.evaluation.decoding.lazy_samples import load_ahead
 from qwen2audio_train.evaluation.decoding.ranks import gather, is_sharded, rank_and_world
 from qwen2audio_train.families.family import Family
@@ -62,6 +63,7 @@ def generate_texts(
     samples: Sequence[Sample | None],
     decoding: Decoding = GREEDY,
     lengths: Sequence[int] | None = None,
+    kept: KeptAnswers | None = None,
 ) -> list[str | None]:
     """The greedy answer to every prompt, in the order of `samples`; on several ranks each decodes its share.
 
@@ -69,9 +71,10 @@ def generate_texts(
         samples: prompts (`materialise(..., for_generation=True)`). A sequence that loads its items when they are asked
             for keeps only two batches in memory, and should come with `lengths`. What loads as None answers None.
         lengths: prompt length of every sample in tokens, roughly.
+        kept: answers of a run that was broken off, and where new ones are written down as they come.
     """
     greedy = replace(decoding, temperature=0.0, num_return_sequences=1)
-    answers = _generate(model, tokenizer, samples, greedy, lengths)
+    answers = _generate(model, tokenizer, samples, greedy, lengths, kept)
     return [None if texts is None else texts[0] for texts in answers]
 
 
@@ -121,11 +124,15 @@ def _generate(
     samples: Sequence[Sample | None],
     decoding: Decoding,
     lengths: Sequence[int] | None,
+    kept: KeptAnswers | None = None,
 ) -> list[list[str] | None]:
     if lengths is None:
         lengths = [0 if sample is None else len(sample.input_ids) for sample in samples]
     rank, world = rank_and_world()
     plans = plan_batches(lengths, decoding, world)
+    answers: dict[int, list[str] | None] = dict(kept.known) if kept else {}
+    # Batches stay as they were planned: so what is decoded after a restart is rounded as it would have been.
+    plans = [[batch for batch in batches if not answers.keys() >= set(batch)] for batches in plans]
     mine = plans[rank]
     # Under ZeRO-3 a forward is a collective: a rank with fewer batches decodes fillers.
     synced = is_sharded(model)
@@ -133,13 +140,15 @@ def _generate(
     inner = unwrap(model)
     training = inner.training
     inner.eval()
-    answers: dict[int, list[str] | None] = {}
     for batch, loaded in load_ahead(samples, mine + fillers):
         known = [sample for sample in loaded if sample is not None]
         if synced and not known:
             _decode_batch(inner, tokenizer, [_FILLER], decoding, synced)
         texts = iter(_decode_batch(inner, tokenizer, known, decoding, synced) if known else [])
-        answers |= {i: None if sample is None else next(texts) for i, sample in zip(batch, loaded, strict=True)}
+        new = {i: None if sample is None else next(texts) for i, sample in zip(batch, loaded, strict=True)}
+        if kept:
+            kept.add(new)
+        answers |= new
     inner.train(training)
     answers = gather(answers)
     return [answers[index] for index in range(len(samples))]

@@ -24,6 +24,7 @@ from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedE
 from qwen2audio_train.data.samples.recipe import plain as plain_recipe
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts
+from qwen2audio_train.evaluation.decoding.kept import KeptAnswers, weights_key
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, held_out_loss, score_labels
@@ -66,6 +67,7 @@ def evaluate(
     train_examples: Iterable[Example] = (),
     audio: Audio = "own",
     label_likelihood: bool = False,
+    keep_in: str | Path | None = None,
     bootstrap_samples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -77,6 +79,8 @@ def evaluate(
         train_examples: they tell which words were never seen and which answer a deaf model would give.
         audio: "silence" or "swapped" ask what is left without the right audio.
         label_likelihood: score closed sets also by which of their answers is the likeliest.
+        keep_in: folder where answers are written down as they come; what an earlier run with the same weights wrote
+            there is not decoded again.
 
     Raises:
         ValueError: a preference among the examples.
@@ -88,7 +92,9 @@ def evaluate(
     prompts = LazySamples(examples, tokenizer, recipe, for_generation=True, audio=audio, seed=seed)
     items = [item for item in map(item_of, prompts.examples) if item is not None]
     check_libraries(items)
-    texts = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)
+    settings = {**dataclasses.asdict(decoding), "audio": audio, "sample": plain_recipe(recipe)}
+    kept = None if keep_in is None else KeptAnswers(keep_in, prompts.examples, _deciding(model, settings))
+    texts = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths, kept)
     learnable = [e for e, item in zip(prompts.examples, items, strict=True) if item.reference is not None]
     whole = LazySamples(learnable, tokenizer, recipe, for_generation=False)
     loss = held_out_loss(learnable, score_labels(model, tokenizer, whole, decoding.tokens_per_batch))
@@ -113,15 +119,16 @@ def evaluate(
         texts=tuple(_text_record(*one) for one in answered),
         failed={prompts.examples[index].id: reason for index, reason in sorted(prompts.failed.items())},
         caveats=(*caveats(item.language for item in items if item.metric == "error_rate"), *_long_audio(prompts)),
-        settings={
-            "audio": audio,
-            "seed": seed,
-            **dataclasses.asdict(decoding),
-            "sample": plain_recipe(recipe),
-            "dtype": str(unwrap(model).dtype).removeprefix("torch."),
-        },
+        settings={**settings, "seed": seed, "dtype": str(unwrap(model).dtype).removeprefix("torch.")},
         wall_s=time.perf_counter() - started,
     )
+
+
+def _deciding(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides a greedy answer beside the example; the size of the batches does not."""
+    return {name: value for name, value in settings.items() if name != "tokens_per_batch"} | {
+        "weights": weights_key(model)
+    }
 
 
 def _long_audio(prompts: LazySamples) -> list[str]:

@@ -51,7 +51,7 @@ def pairs(clips):
 
 def stock_logp(model, sample, answer):
     """Log-probability of `answer` ids after the prompt, by the stock forward."""
-    embeds, mask = embed_prompts(model, [sample])
+    embeds, mask, _ = embed_prompts(model, [sample])
     answer = torch.from_numpy(answer)
     embeds = torch.cat([embeds, model.get_input_embeddings()(answer)[None]], dim=1)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_label_scores_are_those_of_the_stock_forward(model, tasks):
     for sample, score in zip(samples, scores, strict=True):
         labels = int(sample.label_mask.sum())
         first = len(sample.input_ids) - labels
-        prompt = replace(sample, input_ids=sample.input_ids[:first])
+        prompt = replace(sample, input_ids=sample.input_ids[:first], position_ids=None)
         assert score.labels == labels
         assert score.nll == pytest.approx(-stock_logp(model, prompt, sample.input_ids[first:]), rel=1e-5)
 

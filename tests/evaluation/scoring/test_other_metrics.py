@@ -211,7 +211,7 @@ def clips_of_noise(tmp_path):
 
 def logp(model, prompt, ids):
     """Log-probability of `ids` after the prompt, by the stock forward."""
-    embeds, mask = embed_prompts(model, [prompt])
+    embeds, mask, _ = embed_prompts(model, [prompt])
     answer = torch.tensor(ids)
     embeds = torch.cat([embeds, model.get_input_embeddings()(answer)[None]], dim=1)
     with torch.no_grad():
