@@ -36,11 +36,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## the whole recipe on the self-made corpus
 	$(BIN)/python launch/recipe.py
 
+# Two processes of one thread each; the tests of a file stay together, as they share what was costly to make.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: install ## the test suite
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-fast: install ## without the tests that take over five seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 lint: install ## ruff
 	$(BIN)/ruff check .
