@@ -1,9 +1,10 @@
-"""What the tests of the data room share: a small tokenizer, tones on disk, and manifests."""
+"""What the tests of the data room share: a small tokenizer, tones on disk, manifests, and a server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import soundfile
 from transformers import PreTrainedTokenizerFast
 
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
+from tests.data.file_server import Server
 
 TEXTS = [
     "hello world, what is said here?",
@@ -52,3 +54,14 @@ def write_manifest(tmp_path: Path) -> Callable[[list[Any]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -23,6 +23,7 @@ from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.maker import Maker, measure, with_duration
 from qwen2audio_train.data.samples.sample import materialise
 from qwen2audio_train.errors import ExampleError
+from tests.data.file_server import Server
 
 Tone = Callable[..., Path]
 
@@ -96,12 +97,13 @@ def test_options_and_augmentation(write_tone: Tone, tokenizer: PreTrainedTokeniz
 
 
 def test_remote_clips_are_read_as_the_recipe_says(
-    write_tone: Tone, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    write_tone: Tone, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, server: Server
 ) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.add(write_tone("a.wav"), "a.wav")
+    server.files["/s.tar"] = (tmp_path / "s.tar").read_bytes()
     samples = SampleRecipe(cache_dir=str(tmp_path / "here"))
-    example = TaskExample("a1", Clip(f"file://{tmp_path}/s.tar::a.wav", None), "asr", "en", "hello", "s")
+    example = TaskExample("a1", Clip(f"{server.url('/s.tar')}::a.wav", None), "asr", "en", "hello", "s")
     length = measure(example, tokenizer, samples)
     assert (length.duration_s, length.audio_tokens) == (1.0, 25)
     assert materialise(example, tokenizer, samples).num_tokens == length.audio_tokens + length.text_tokens

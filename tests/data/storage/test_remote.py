@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,59 +19,8 @@ from qwen2audio_train.data.storage.blobs import BlobError, TarMember
 from qwen2audio_train.data.storage.paths import expand_paths
 from qwen2audio_train.data.storage.remote import Remote, RemoteError
 from tests.data.corpora import equal, is_filler, small_config, write_corpus
+from tests.data.file_server import Server
 from tests.data.storage.test_blobs import write_tar
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files`; `faults[path]` is what the next answers do: a status, "stall", "break" after half of it."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.faults: dict[str, list[int | str]] = {}
-        self.ranges = True
-        self.asked: list[tuple[str, str | None]] = []
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}{path}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.server.asked.append((self.path, asked))
-        fault = self.server.faults.get(self.path, [])
-        what = fault.pop(0) if fault else None
-        data = self.server.files.get(self.path)
-        if isinstance(what, int) or data is None:
-            self.send_error(what if isinstance(what, int) else 404)
-            return
-        start = int(asked[6:-1]) if asked and self.server.ranges else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        self.end_headers()
-        if what == "stall":
-            time.sleep(1.5)
-        self.wfile.write(data[start : start + (len(data) - start) // 2] if what == "break" else data[start:])
-        self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def remote(tmp_path: Path, **kwargs: float) -> Remote:
