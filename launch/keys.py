@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen2audio_train.config.ablation import AblationConfig
+from qwen2audio_train.config.chat import ChatConfig
 from qwen2audio_train.config.finetune import FinetuneConfig
 from qwen2audio_train.config.keys import keys_of
 from qwen2audio_train.config.recipe import RecipeConfig
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, Any] = {
     "report": ReportOptions,
     "export": ExportConfig,
     "average": AverageOptions,
+    "chat": ChatConfig,
     "data convert": ConvertOptions,
     "data chat": ChatOptions,
     "data check": CheckOptions,

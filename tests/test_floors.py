@@ -30,7 +30,7 @@ TOWERS = (
     (*GROUND, *MODEL),
     (*GROUND, "selfmade"),
     (*GROUND, "cli"),
-    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", "parts", *TRAINING, "cli", "launch"),
+    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", "parts", "chat", *TRAINING, "cli", "launch"),
 )
 """Rooms from the ground up. A room imports only what stands below it in each tower that it stands in: so `data` and
 `model` know nothing of each other, and `selfmade` knows the ground alone."""
@@ -40,6 +40,7 @@ HOMES = {
     "peft": ("model/adapters.py",),
     "hydra": ("cli/",),
     "wandb": ("training/", "evaluation/"),
+    "gradio": ("chat/page.py",),
     "deepspeed": ("training/", "evaluation/"),
 }
 """Where a third party may be imported."""

@@ -26,7 +26,7 @@ from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
-MEASURED_KEYS = ("prompt_style", "prompt_seed", "prompts_per_task", "labelled_turns", "long_audio")
+MEASURED_KEYS = ("prompt_style", "prompt_seed", "prompts_per_task", "timestamps", "labelled_turns", "long_audio")
 """Fields of the recipe that the number of an example's tokens depends on, beside the tokenizer."""
 
 
