@@ -23,11 +23,16 @@ def stream_text(
     inner.eval()
     text_config: Any = inner.config.text_config
     cache = DynamicCache(config=text_config)
-    embeds, _ = embed_prompts(inner, [sample])
-    stops = stop_ids(tokenizer)
+    embeds, _, positions = embed_prompts(inner, [sample])
+    stops = stop_ids(tokenizer, inner.family)
     ids: list[int] = []
     for step in range(decoding.max_new_tokens):
-        hidden = inner.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        hidden = inner.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=inner.model.rotary_positions(positions),
+            past_key_values=cache,
+            use_cache=True,
+        )
         logits = inner.lm_head(hidden.last_hidden_state[:, -1]).float()
         if step < decoding.min_new_tokens:
             logits[:, stops] = float("-inf")
@@ -36,4 +41,4 @@ def stream_text(
             return
         ids.append(int(token))
         yield decode(tokenizer, [ids])[0]
-        embeds = inner.get_input_embeddings()(token[:, None])
+        embeds, positions = inner.get_input_embeddings()(token[:, None]), positions[:, -1:] + 1
