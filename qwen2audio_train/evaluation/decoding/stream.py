@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from qwen2audio_train.data.prompts.timestamps import decode
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, decode, embed_prompts, stop_ids
+from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, embed_prompts, stop_ids
 from qwen2audio_train.model.packed import unwrap
 
 
