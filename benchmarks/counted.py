@@ -13,7 +13,7 @@ from workload import STOCK_ARMS, Workload
 
 from qwen2audio_train.data.prompts.tokenize import tokenize
 from qwen2audio_train.layout import MAX_FRAMES, num_frames
-from qwen2audio_train.planning.cost import Load, packed_load, training_flops
+from qwen2audio_train.model.flops import Load, packed_load, training_flops
 
 
 def counted(workload: Workload, arm: str) -> dict[str, Any]:

@@ -13,17 +13,14 @@ from qwen2audio_train.evaluation.scoring.table import aligned
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.model.build import architecture_config
+from qwen2audio_train.model.flops import PEAK_BF16_FLOPS, Load, forward_flops, training_flops
 from qwen2audio_train.planning.cost import (
     MEMORY_BYTES,
-    PEAK_BF16_FLOPS,
-    Load,
     Throughput,
-    forward_flops,
     repeated,
     sample_load,
     throughput,
     traffic_bytes,
-    training_flops,
 )
 from qwen2audio_train.planning.dry_run import CHARACTERS_PER_TOKEN, Counts, Plan, gib
 from qwen2audio_train.planning.memory import PRECISIONS, Memory, optimizer_bytes, step_memory

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from qwen2audio_train.families.known import family_of
+from qwen2audio_train.model.flops import Load, head_dim
 from qwen2audio_train.model.loss import chunk_rows
-from qwen2audio_train.planning.cost import Load, head_dim
 
 
 @dataclass(frozen=True)

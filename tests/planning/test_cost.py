@@ -10,20 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2AudioConfig
 
 from qwen2audio_train.families.qwen2_audio import num_encoder_frames
-from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
-from qwen2audio_train.planning import cost
-from qwen2audio_train.planning.cost import (
+from qwen2audio_train.model.flops import (
     encoder_flops,
     forward_flops,
     head_dim,
     packed_load,
-    padded_forward_flops,
-    sample_load,
-    throughput,
+    peak_flops,
     token_flops,
-    traffic_bytes,
     training_flops,
 )
+from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
+from qwen2audio_train.planning import cost
+from qwen2audio_train.planning.cost import padded_forward_flops, sample_load, throughput, traffic_bytes
 from qwen2audio_train.planning.memory import (
     PRECISIONS,
     activation_bytes,
@@ -81,6 +79,12 @@ def test_training_cost_and_speed_on_ten_second_clips(
     eight = throughput(load, full, gpu="measured H200", utilisation=0.5, gpus=8, gpu_hour_price=4.0)
     assert eight.audio_hours_per_hour == pytest.approx(8 * speed.audio_hours_per_hour)
     assert eight.price_per_audio_hour == pytest.approx(speed.price_per_audio_hour)
+
+
+def test_peaks_are_known_by_the_names_of_the_devices() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989.4e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 PCIe") is None  # 756e12, by its own data sheet
 
 
 @pytest.mark.parametrize(("clip_s", "labels", "ratio"), [(3.0, 12, 2.3), (30.0, 120, 1.07)])

@@ -20,6 +20,7 @@ from qwen2audio_train.training.stages.probes import HeldOutGuard
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
 from qwen2audio_train.training.trainers.grpo import AudioGRPOTrainer, Reward
+from qwen2audio_train.training.trainers.speed import device_peak
 
 
 def grpo_trainer(
@@ -46,6 +47,7 @@ def grpo_trainer(
         eval_batches=held_out(config, tokenizer),
         files=run_files(config, tokenizer),
         rates=config.optimizer,
+        peak_flops=device_peak(config),
         grpo=grpo,
         rewards={name: reward(name) for name in grpo.rewards},
         processing_class=tokenizer,

@@ -13,6 +13,7 @@ from qwen2audio_train.training.stages.ctc_head import attach_auxiliary
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
 from qwen2audio_train.training.trainers.language_model import AudioTrainer
+from qwen2audio_train.training.trainers.speed import device_peak
 
 
 def language_modelling_trainer(
@@ -34,6 +35,7 @@ def language_modelling_trainer(
         files=run_files(config, tokenizer),
         sources=list(batches.source_names),
         rates=config.optimizer,
+        peak_flops=device_peak(config),
         ctc=config.ctc,
         callbacks=callbacks(config, settings(config)),
     )

@@ -40,6 +40,7 @@ from qwen2audio_train.training.trainers.callbacks import callbacks
 from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
 from qwen2audio_train.training.trainers.kto import AudioKTOTrainer
 from qwen2audio_train.training.trainers.preference import PreferenceTrainer, Probe
+from qwen2audio_train.training.trainers.speed import device_peak
 
 PROBE_NEW_TOKENS = 128
 """Longest answer that a probe decodes."""
@@ -83,6 +84,7 @@ def preference_trainer(
         "eval_batches": eval_maker,
         "files": run_files(config, tokenizer),
         "rates": config.optimizer,
+        "peak_flops": device_peak(config),
         "callbacks": [*callbacks(config, settings(config)), *guards(config.preference)],
     }
     if config.preference.objective is Objective.kto:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class JsonlLog(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, tokens/s and audio-seconds/s."""
+    """A bar with loss, speed and memory, and the time that is left."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -74,9 +75,7 @@ class Progress(TrainerCallback):
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:.0f} tokens/s, {logs['audio_s_per_s']:.0f} audio-s/s"
-            )
+            self.bar.set_postfix_str(speed_line(logs))
         elif "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
 
@@ -87,6 +86,18 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def speed_line(logs: Mapping[str, float]) -> str:
+    """A log line on the screen; seconds of audio per second are hours per hour too. The bar says how long is left."""
+    shown = [
+        f"loss {logs['loss']:.3f}",
+        f"{logs['tokens_per_s']:.0f} tokens/s",
+        f"{logs['audio_s_per_s']:.0f} audio-h/h",
+        *([f"MFU {logs['mfu']:.1%}"] if "mfu" in logs else []),
+        f"{logs['peak_memory_gib']:.1f} GiB",
+    ]
+    return ", ".join(shown)
 
 
 def callbacks(config: StageConfig, settings: dict[str, Any]) -> list[TrainerCallback]:

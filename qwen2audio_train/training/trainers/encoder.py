@@ -16,7 +16,8 @@ from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.checkpoints import folder as folders
 from qwen2audio_train.training.checkpoints.restore import SavedWeights, published_to_module, whole_state
-from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
+from qwen2audio_train.training.trainers.packed import PackedTrainer
+from qwen2audio_train.training.trainers.speed import StepCounts
 
 HEAD_FILE = "recogniser_head.safetensors"
 AUDIO, HEAD = "audio.", "lm_head."

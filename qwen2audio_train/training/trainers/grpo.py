@@ -10,10 +10,8 @@ Shape legend: P prompts of N completions in a micro-batch, M tokens of completio
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -64,6 +62,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         self.grpo, self.rewards, self.reference, self.seed = grpo, rewards, reference, seed
         self.tokenizer, self.num_mel_bins = processing_class, num_mel_bins
         self.tally: dict[str, tuple[float, float]] = {}
+        self.reference_forwards = int(grpo.beta > 0)
         super().__init__(*args, **kwargs)
 
     # The step ---------------------------------------------------------------------------------------------------------
@@ -75,22 +74,17 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         Returns:
             The packed batches with `advantage` (M,), and the number one: their weights sum to one over the step.
         """
-        began = time.perf_counter()
-        asked = [batch["prompts"] for batch in islice(epoch_iterator, num_batches)]
-        if not asked:
-            self._end_with_the_data()
+        read = self._read(epoch_iterator, num_batches)
+        if not read:
             return [], torch.tensor(0.0, device=device)
-        self.meter.waited_s += time.perf_counter() - began
-        answered = [self._answered(prompts) for prompts in asked]
+        answered = [self._answered(batch["prompts"]) for batch in read]
         rewards = [self._rewards(*group) for group in answered]
         batches = [self._tree(*group, scores) for group, scores in zip(answered, rewards, strict=True)]
         self._weigh(batches)
         for batch in batches:
             batch |= self._log_probabilities(batch)
         self._tally_step(answered, rewards, batches)
-        self.step = counts = self._count(batches, device)
-        for name in ("tokens", "audio_s", "labels"):
-            setattr(self.meter.counts, name, getattr(self.meter.counts, name) + getattr(counts, name))
+        self._note(batches, device)
         for batch in batches:
             del batch["lengths"]
         return batches, torch.tensor(1.0, device=device)

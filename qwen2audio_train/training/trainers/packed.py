@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.data.quarantine import TooManyBadExamples
 from qwen2audio_train.errors import UserError
-from qwen2audio_train.layout import HOP_LENGTH, SAMPLING_RATE
 from qwen2audio_train.model.ctc import HEAD, HEAD_FILE
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints import folder as folders
@@ -40,10 +39,9 @@ from qwen2audio_train.training.trainers.freeze_schedule import freeze_by_step
 from qwen2audio_train.training.trainers.guard import GuardedTrainer
 from qwen2audio_train.training.trainers.optimizers import build_optimizer
 from qwen2audio_train.training.trainers.resumed import CONFIG_FILE, ResumedTrainer
+from qwen2audio_train.training.trainers.speed import Flops, Meter, StepCounts, counts_of, flops_of
 
 logger = logging.get_logger(__name__)
-
-FRAME_S = HOP_LENGTH / SAMPLING_RATE
 
 
 class PlansDiffer(UserError):
@@ -59,29 +57,15 @@ class RunFiles:
     save_processor: Callable[[Path], None]
 
 
-@dataclass
-class StepCounts:
-    """Sums of one optimiser step over all ranks and micro-batches; `spoken` are the tokens of transcripts."""
-
-    weight: float = 0.0
-    tokens: float = 0.0
-    audio_s: float = 0.0
-    labels: float = 0.0
-    pairs: float = 0.0
-    spoken: float = 0.0
-
-
-@dataclass
-class Meter:
-    """Running sums between two log lines."""
-
-    started: float = field(default_factory=time.perf_counter)
-    waited_s: float = 0.0
-    counts: StepCounts = field(default_factory=StepCounts)
-
-
 class PackedTrainer(GuardedTrainer, ResumedTrainer):
-    """Mixin; see the module's docstring."""
+    """Mixin; see the module's docstring.
+
+    Args:
+        peak_flops: operations per second that a device can do, for the MFU in log lines; None leaves it out.
+    """
+
+    reference_forwards: int = 0
+    """Forwards of a reference model beside each forward of the policy."""
 
     def __init__(
         self,
@@ -90,6 +74,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         files: RunFiles,
         eval_batches: Callable[[], PackLoader] | None = None,
         rates: OptimizerConfig | None = None,
+        peak_flops: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.rates = rates or OptimizerConfig()
@@ -97,10 +82,14 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         self.files = files
         self.eval_batches = eval_batches
         self.meter = Meter()
+        self.peak_flops = peak_flops
+        self.flops: Flops | None = None
         self.data_ended = False
         # Trainer refuses an evaluation interval without a data set; ours come from `eval_batches`.
         kwargs.setdefault("eval_dataset", [] if eval_batches is not None else None)
         super().__init__(*args, max_skipped_steps=self.rates.max_skipped_steps, **kwargs)
+        if peak_flops:
+            self.flops = flops_of(self.model, self.reference_forwards)
         # The loss is divided in compute_loss, once; this keeps every supported Trainer from dividing it again.
         self.model_accepts_loss_kwargs = True
 
@@ -146,19 +135,27 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         Raises:
             TooManyBadExamples: there is nothing to learn in the very first step.
         """
-        started = time.perf_counter()
-        batches = list(islice(epoch_iterator, num_batches))
-        if not batches:
-            self._end_with_the_data()
-            return [], torch.tensor(0.0, device=device)
-        self.meter.waited_s += time.perf_counter() - started
-        self.step = counts = self._count(batches, device)
-        if counts.weight == 0 and self.state.global_step == 0:
+        batches = self._read(epoch_iterator, num_batches)
+        counts = self._note(batches, device)
+        if batches and counts.weight == 0 and self.state.global_step == 0:
             listed = Path(str(self.args.output_dir)) / "bad_examples.rank*.jsonl"
             raise TooManyBadExamples(f"no example of the first step could be used; {listed} says why")
-        for name in ("tokens", "audio_s", "labels"):
-            setattr(self.meter.counts, name, getattr(self.meter.counts, name) + getattr(counts, name))
         return batches, torch.tensor(counts.weight, device=device)
+
+    def _read(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
+        """The loader's batches of a step; none when the data have ended."""
+        started = time.perf_counter()
+        batches = list(islice(epoch_iterator, num_batches))
+        self.meter.waited_s += time.perf_counter() - started
+        if not batches:
+            self._end_with_the_data()
+        return batches
+
+    def _note(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+        """Count a step, for its loss and for the next log line."""
+        self.step = self._count(batches, device) if batches else StepCounts()
+        self.meter.add(self.step)
+        return self.step
 
     def _end_with_the_data(self) -> None:
         """Every source has been read as often as it may be: end as after `max_steps`."""
@@ -169,17 +166,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         self.control.should_evaluate = self.args.eval_strategy == "steps" and not evaluated
 
     def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
-        rows = [
-            (
-                float(batch["weight"].sum()) if "weight" in batch else 0.0,
-                float(batch.get("packed_ids", batch["input_ids"]).numel()),
-                float(batch["clip_frames"].sum()) * FRAME_S,
-                float(batch["completion_mask"].sum() if "completion_mask" in batch else batch["target"].numel()),
-                float(batch["pair_weight"].sum()) if "pair_weight" in batch else 0.0,
-                float(len(batch["transcript"])) if "transcript" in batch else 0.0,
-            )
-            for batch in batches
-        ]
+        rows = [counts_of(batch, self.flops) for batch in batches]
         own = float(self.loader.plan)
         total = torch.tensor([*torch.tensor(rows, dtype=torch.float64).sum(0), own], dtype=torch.float64)
         *counts, plans = self.sum_over_ranks(total, device).tolist()
@@ -222,11 +209,10 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         """Add throughput and the loader's own figures to a training log line."""
         if "loss" in logs:
             logs = {name: value for name, value in self.guard.correct(logs).items() if math.isfinite(value)}
-            elapsed = max(time.perf_counter() - self.meter.started, 1e-9)
-            logs["tokens"] = int(self.meter.counts.tokens)  # since the last line
-            logs["tokens_per_s"] = round(self.meter.counts.tokens / elapsed, 1)
-            logs["audio_s_per_s"] = round(self.meter.counts.audio_s / elapsed, 2)
-            logs["data_wait_share"] = round(self.meter.waited_s / elapsed, 4)
+            logs |= self.meter.figures(
+                steps_left=self.state.max_steps - self.state.global_step,
+                peak_flops=(self.peak_flops or 0.0) * self.args.world_size,
+            )
             logs |= {f"data/{name}": value for name, value in self.loader.telemetry.take().items()}
             self.meter = Meter()
         super().log(logs, start_time)

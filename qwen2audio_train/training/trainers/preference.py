@@ -30,7 +30,8 @@ from qwen2audio_train.training.reference.reference import (
     local_gather,
     trained_outside_adapter,
 )
-from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
+from qwen2audio_train.training.trainers.packed import PackedTrainer
+from qwen2audio_train.training.trainers.speed import StepCounts
 
 Probe = Callable[["PreferenceTrainer"], dict[str, float]]
 """Figures of the trainer's policy as it is now; every rank calls it at every evaluation."""
@@ -91,6 +92,7 @@ class PreferenceTrainer(PackedTrainer):
         **kwargs: Any,
     ) -> None:
         adapted = is_peft_model(model)
+        self.reference_forwards = int(reference is not Reference.cached)
         self.probes, self.probe_figures = tuple(probes), tuple(probe_figures)
         self._adapter_is_reference = adapted and ref_model is None and not trained_outside_adapter(model)
         self._tallies: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}

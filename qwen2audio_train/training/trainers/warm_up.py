@@ -17,7 +17,8 @@ from qwen2audio_train.model.ctc import HEAD
 from qwen2audio_train.model.freeze import part_of
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.checkpoints.restore import SavedWeights, whole_state
-from qwen2audio_train.training.trainers.packed import PackedTrainer, StepCounts
+from qwen2audio_train.training.trainers.packed import PackedTrainer
+from qwen2audio_train.training.trainers.speed import StepCounts
 
 UNSCALED_FILE = "unscaled.safetensors"
 """Projector and head as they are trained; `model/` has the projector with the norm of embeddings."""
