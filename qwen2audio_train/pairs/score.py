@@ -61,8 +61,8 @@ def auto_score(question: Question, answers: Sequence[str]) -> list[float]:
     if question.task is None or question.task in OPEN_TASKS or TASK_METRICS.get(question.task) == "timestamps":
         known = question.task or "none; give meta.task"
         raise ScoreError(
-            f'question "{question.id}": score=auto needs a task with one right answer, found {known}; or give '
-            "score=error_rate, bleu, exact, judge or file.py:function"
+            f'question "{question.id}": the score auto needs a task with one right answer, found {known}; or take '
+            "error_rate, bleu, exact or file.py:function (for pairs also judge)"
         )
     return SCORERS[TASK_METRICS.get(question.task, "exact")](question, answers)
 
@@ -89,10 +89,13 @@ SCORERS: dict[str, QuestionScorer] = {
 }
 
 
-def scorer(name: str) -> Scorer:
+def scorer(name: str, key: str | None = None) -> Scorer:
     """The scorer of that name, or the user's own function `file.py:function`; for a judge see `judge_scorer`.
 
     The function gets (question, answer), see `Question`, and returns a number.
+
+    Args:
+        key: full name of the key that asks for it; unset: `score=`, which may ask for a judge too.
 
     Raises:
         ScoreError: neither.
@@ -101,8 +104,9 @@ def scorer(name: str) -> Scorer:
         return _for_all(SCORERS[name])
     path, colon, function_name = name.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise ScoreError(f"score={name}: expected one of {', '.join(SCORERS)}, judge, or file.py:function")
-    function = _load_function(Path(path), function_name)
+        names = [*SCORERS, *([] if key else ["judge"])]
+        raise ScoreError(f"{key or f'score={name}'}: expected one of {', '.join(names)}, or file.py:function")
+    function = _load_function(Path(path), function_name, key or f"score={name}")
     return _for_all(lambda question, answers: [float(function(question, answer)) for answer in answers])
 
 
@@ -144,15 +148,15 @@ def _described(question: Question) -> str:
     return question.description or _reference(question)
 
 
-def _load_function(path: Path, name: str) -> Callable[[Question, str], Any]:
+def _load_function(path: Path, name: str, key: str) -> Callable[[Question, str], Any]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ScoreError(f"score={path}:{name}: no such file")
+        raise ScoreError(f"{key}: no file {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise ScoreError(f"score={path}:{name}: {path} has no function {name}")
+        raise ScoreError(f"{key}: {path} has no function {name}")
     return function
 
 
@@ -165,6 +169,7 @@ def _options(question: Question) -> tuple[str, ...]:
 def _reference(question: Question) -> str:
     if question.reference is None:
         raise ScoreError(
-            f'question "{question.id}": no right answer to compare with; give it, or score=judge or file.py:function'
+            f'question "{question.id}": no right answer to compare with; give it, or take file.py:function '
+            "(for pairs also judge)"
         )
     return question.reference

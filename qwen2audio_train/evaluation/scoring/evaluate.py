@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, gene
 from qwen2audio_train.evaluation.decoding.kept import KeptAnswers, weights_key
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
-from qwen2audio_train.evaluation.scoring.likelihood import PairScores, held_out_loss, score_labels
+from qwen2audio_train.evaluation.scoring.likelihood import held_out_loss, score_labels
 from qwen2audio_train.evaluation.scoring.normalise import caveats
 from qwen2audio_train.evaluation.scoring.options import option_rows
 from qwen2audio_train.evaluation.scoring.score import Row, check_libraries, score_texts
@@ -160,14 +160,6 @@ def save(result: Evaluation, folder: str | Path) -> None:
     (folder / "table.txt").write_text("\n".join(lines) + "\n")
     with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in result.texts)
-
-
-def save_pairs(scores: Mapping[str, PairScores], folder: str | Path) -> None:
-    """Write pairs.json: scores of held-out pairs by what the model heard (`own`, `swapped`, `silence`)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {audio: dataclasses.asdict(score) for audio, score in scores.items()}
-    (folder / "pairs.json").write_text(json.dumps(plain(report), indent=1) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -77,7 +77,7 @@ def reward(name: str) -> Reward:
     Raises:
         ScoreError: there is none.
     """
-    score = scorer(name)
+    score = scorer(name, f"grpo.rewards.{name}")
 
     def rewards(examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[list[float]]:
         found = score(list(zip(questions_of(examples), texts, strict=True)))

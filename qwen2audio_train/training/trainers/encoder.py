@@ -62,10 +62,7 @@ class EncoderTrainer(PackedTrainer, Trainer):
         model.train()
         total, labels = self.sum_over_ranks(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(labels, 1)}
-        metrics |= self.held_out_counts(batches, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report(metrics, batches, metric_key_prefix)
 
     def _save_weights(self, partial: Path) -> None:
         state = whole_state(self._recogniser(), self.args.should_save)

@@ -28,7 +28,7 @@ from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_tokens, stop_ids
 from qwen2audio_train.model.packed import unwrap
-from qwen2audio_train.training.trainers.packed import PackedTrainer
+from qwen2audio_train.training.trainers.packed import HELD_OUT_COUNTS, PackedTrainer
 from qwen2audio_train.training.trainers.policy_loss import PolicyObjective, advantages, kl_estimate, token_weights
 
 Reward = Callable[[Sequence[Example], Sequence[Sequence[str]]], list[list[float]]]
@@ -242,7 +242,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         super().log(logs, start_time)
 
     def held_out_figures(self) -> set[str]:
-        figures = {"eval_reward", "eval_length", *(f"eval_rewards/{name}" for name in self.rewards)}
+        figures = {"eval_reward", "eval_length", *(f"eval_rewards/{name}" for name in self.rewards), *HELD_OUT_COUNTS}
         return figures if self.eval_batches is not None else set()
 
     @override
@@ -255,7 +255,8 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
             return {}
         names = [*self.rewards, "reward", "length"]
         sums = torch.zeros(len(names), 2, dtype=torch.float64)
-        for batch in self.eval_batches():
+        batches = self.eval_batches()
+        for batch in batches:
             prompts: Any = batch["prompts"]
             completions = sample_tokens(self.model, self.tokenizer, prompts, self.decoding(greedy=True))
             scores = self._rewards(prompts, completions)
@@ -269,9 +270,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
             for name, (value, count) in zip(names, total, strict=True)
             if count > 0
         }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report(metrics, batches, metric_key_prefix)
 
 
 def _example(prompt: Sample) -> Example:

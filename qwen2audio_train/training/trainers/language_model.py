@@ -100,7 +100,4 @@ class AudioTrainer(PackedTrainer, Trainer):
                 self._add(sums, inputs["source_id"], model(**inputs))
         model.train(was_training)
         metrics = self._per_source(f"{metric_key_prefix}_", batches.source_names, self.sum_over_ranks(sums))
-        metrics |= self.held_out_counts(batches, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report(metrics, batches, metric_key_prefix)

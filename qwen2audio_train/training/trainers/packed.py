@@ -44,6 +44,10 @@ from qwen2audio_train.training.trainers.speed import Flops, Meter, StepCounts, c
 logger = logging.get_logger(__name__)
 
 
+HELD_OUT_COUNTS = frozenset({"eval_examples", "eval_too_long", "eval_quarantined"})
+"""What every evaluation says of its examples; see `PackedTrainer.held_out_counts`."""
+
+
 class PlansDiffer(UserError):
     """Ranks have planned different examples for the same step."""
 
@@ -109,8 +113,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
 
     def held_out_figures(self) -> set[str]:
         """Patterns of the figures that every evaluation logs; none where there is nothing to evaluate."""
-        counts = {"eval_examples", "eval_too_long", "eval_quarantined"}
-        return {"eval_loss", *counts} if self.eval_batches is not None else set()
+        return {"eval_loss", *HELD_OUT_COUNTS} if self.eval_batches is not None else set()
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
@@ -186,6 +189,13 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Trainer's estimate assumes dense rows; the cost model counts what a packed step really does."""
         return 0
+
+    def report(self, metrics: dict[str, float], batches: PackLoader, prefix: str) -> dict[str, float]:
+        """End an evaluation: its figures with the counts of what they are of, logged and shown to the callbacks."""
+        metrics |= self.held_out_counts(batches, prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def held_out_counts(self, batches: PackLoader, prefix: str) -> dict[str, float]:
         """How many held-out examples the figures are of, when all their batches were run.

@@ -216,10 +216,8 @@ class PreferenceTrainer(PackedTrainer):
             for probe in self.probes:
                 figures |= probe(self)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-            metrics |= self.held_out_counts(batches, metric_key_prefix)
-            self.log(metrics)
+            self.report(metrics, batches, metric_key_prefix)
             model.train(was_training)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     held_out_metrics: tuple[str, ...] = ()

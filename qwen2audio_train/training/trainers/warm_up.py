@@ -82,7 +82,8 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         model: Any = self.model_wrapped
         model.eval()
         sums = torch.zeros(6, dtype=torch.float64)
-        for batch in self.eval_batches():
+        batches = self.eval_batches()
+        for batch in batches:
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 output = model(**inputs)
@@ -98,9 +99,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
             f"{metric_key_prefix}_wer": word_edits / max(words, 1),
             f"{metric_key_prefix}_cer": character_edits / max(characters, 1),
         }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report(metrics, batches, metric_key_prefix)
 
     def _edits(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Word edits, words, character edits, characters (4,) of (written, read) token ids."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwen2audio_train.config.schema import ConfigError, StageConfig
-from tests.runs import encoder_recipe, pairs_recipe, recipe, train
+from tests.runs import encoder_recipe, grpo_recipe, pairs_recipe, recipe, train
 
 SAVED = ["trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.max_steps=50"]
 
@@ -24,7 +24,8 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("make", "source", "passes"), [(recipe, "speech", 2), (pairs_recipe, "pairs", 3), (encoder_recipe, "speech", 1)]
+    ("make", "source", "passes"),
+    [(recipe, "speech", 2), (pairs_recipe, "pairs", 3), (encoder_recipe, "speech", 1), (grpo_recipe, "speech", 1)],
 )
 def test_data_that_end_end_the_run(
     make: Any, source: str, passes: int, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -44,7 +45,8 @@ def test_data_that_end_end_the_run(
     assert trainer.loader.last_step(50) == last
     assert f"checkpoint-{last}" in checkpoints(tmp_path)
     assert trainer.state.log_history[-2]["step"] == last
-    assert any("eval_loss" in line and line["step"] == last for line in trainer.state.log_history)
+    figure = "eval_reward" if make is grpo_recipe else "eval_loss"
+    assert any(figure in line and line["step"] == last for line in trainer.state.log_history)
     before = (tmp_path / "log.jsonl").read_text()
     train(config(passes))
     assert f"checkpoint-{last} is of the last step that the data have" in capsys.readouterr().out

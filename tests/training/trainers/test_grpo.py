@@ -103,5 +103,5 @@ def test_a_step_of_answers_that_do_not_end_stops_the_run(
 def test_what_cannot_be_trained_with_is_refused_first(noise: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"grpo\.num_iterations"):
         check_grpo(grpo_recipe(noise, tmp_path, "grpo.num_iterations=2").grpo)
-    with pytest.raises(ValueError, match="score=wer: expected one of"):
+    with pytest.raises(ValueError, match=r"grpo\.rewards\.wer: expected one of .*, auto, or file\.py:function"):
         check_grpo(grpo_recipe(noise, tmp_path, "grpo.rewards={wer: 1.0}").grpo)

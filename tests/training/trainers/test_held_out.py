@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import build_trainer, encoder_recipe, pairs_recipe, recipe
+from qwen2audio_train.training.trainers.packed import HELD_OUT_COUNTS
+from tests.runs import build_trainer, encoder_recipe, grpo_recipe, pairs_recipe, recipe, warm_up_recipe
 
 
 def test_held_out_loss_does_not_depend_on_the_pack_and_counts_its_examples(noise: Path, tmp_path: Path) -> None:
@@ -37,6 +38,12 @@ def test_every_stage_counts_its_held_out_examples(noise: Path, tmp_path: Path) -
     held_out = "data.eval_sources.dev.path=[{}/{}.jsonl]"
     pairs = pairs_recipe(noise, tmp_path / "dpo", held_out.format(noise, "pairs"))
     kto = pairs_recipe(noise, tmp_path / "kto", held_out.format(noise, "pairs"), "preference.objective=kto")
-    encoder = encoder_recipe(noise, tmp_path / "encoder", held_out.format(noise, "speech"))
-    counted = [build_trainer(config).evaluate()["eval_examples"] for config in (pairs, kto, encoder)]
-    assert counted == [12, 12, 24]
+    heard = [
+        make(noise, tmp_path / make.__name__, held_out.format(noise, "speech"))
+        for make in (encoder_recipe, warm_up_recipe, grpo_recipe)
+    ]
+    for config, number in [(pairs, 12), (kto, 12), *((config, 24) for config in heard)]:
+        trainer = build_trainer(config)
+        figures = trainer.evaluate()
+        assert figures["eval_examples"] == number
+        assert figures.keys() & HELD_OUT_COUNTS == trainer.held_out_figures() & HELD_OUT_COUNTS == HELD_OUT_COUNTS
