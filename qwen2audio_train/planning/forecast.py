@@ -23,7 +23,7 @@ from qwen2audio_train.planning.cost import (
     traffic_bytes,
 )
 from qwen2audio_train.planning.dry_run import CHARACTERS_PER_TOKEN, Counts, Plan, gib
-from qwen2audio_train.planning.memory import PRECISIONS, Memory, optimizer_bytes, step_memory
+from qwen2audio_train.planning.memory import PRECISIONS, LowRank, Memory, optimizer_bytes, step_memory
 from qwen2audio_train.training.stages.arguments import forwards_per_step, sums_in_float32
 
 FALLBACK = {"clip_s": 10.0, "prompt_tokens": 30.0, "label_tokens": 40.0}
@@ -138,6 +138,17 @@ def precision_of(config: StageConfig) -> str:
     return "autocast" if config.deepspeed.stage is None else "bfloat16"
 
 
+def low_rank_of(config: StageConfig) -> LowRank:
+    """How a recipe's adapters compute: in float32 also beside a model in bfloat16, unless something casts them.
+
+    DeepSpeed casts their weights once, autocast what they read at every forward.
+    """
+    mixed, autocast = bool(config.trainer.get("bf16", False)), config.deepspeed.stage is None
+    value, dropout = 2 if mixed else 4, config.adapter.dropout > 0
+    copies = dropout or (mixed and autocast) or value != PRECISIONS[precision_of(config)].matmul
+    return LowRank(config.adapter.r, value, copies, dropout)
+
+
 def has_frozen_reference(config: StageConfig) -> bool:
     """Whether a second copy of the weights is held, as `preference_trainer` decides it."""
     chosen = config.preference.reference
@@ -181,6 +192,7 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
         trained=trained,
         adapter_parameters=adapter,
         adapted=adapted,
+        adapter=low_rank_of(config),
         checkpointed=checkpointed,
         selective=selective,
         stage=stage or 0,

@@ -26,25 +26,93 @@ class Precision:
         weight: bytes of a weight and of its gradient.
         stream: bytes of a value of the residual stream.
         matmul: bytes of a value that goes into a linear layer or comes out of one.
-        text_norms: bytes per unit of width that the two RMS norms of a decoder layer keep for themselves and for the
-            linear layers behind them: input in float32, value before its weight, value behind it. Under autocast every
-            linear layer (three behind the first norm, two behind the second) keeps a bfloat16 copy of its own.
-        audio_norms: the same for the two layer norms of an encoder layer, which keep input and output.
+        rms_scaled: bytes of a value of an RMS norm before its weight.
+        casts: every linear layer keeps a copy of its own of what it reads, in the type that it computes in.
     """
 
     weight: int
     stream: int
     matmul: int
-    text_norms: int
-    audio_norms: int
+    rms_scaled: int
+    casts: bool = False
 
 
 PRECISIONS = {
-    "float32": Precision(4, 4, 4, text_norms=2 * (4 + 4 + 4), audio_norms=2 * (4 + 4)),
-    "bfloat16": Precision(2, 2, 2, text_norms=2 * (4 + 2 + 2), audio_norms=2 * (2 + 2)),
-    "autocast": Precision(4, 4, 2, text_norms=2 * (4 + 4) + 5 * 2, audio_norms=2 * 4 + 4 * 2),
+    "float32": Precision(4, 4, 4, rms_scaled=4),
+    "bfloat16": Precision(2, 2, 2, rms_scaled=2),
+    "autocast": Precision(4, 4, 2, rms_scaled=4, casts=True),
 }
 """float32 weights computed in float32, bfloat16 ones in bfloat16, float32 ones in bfloat16 (`trainer.bf16`)."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What low-rank adapters keep of what they read, which frozen layers themselves do not keep.
+
+    Attributes:
+        rank: of each.
+        value: bytes of a value that they compute with: 2 under autocast or with weights in bfloat16, else 4.
+        copies: each keeps a copy of its own of what it reads, as dropout and another type than the model's make.
+        dropout: each keeps a mask too, a byte a value.
+    """
+
+    rank: int = 16
+    value: int = 4
+    copies: bool = True
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values that one layer keeps of one token or encoder frame, by who keeps them.
+
+    Attributes:
+        width: of the residual stream, and so of the input of each of its two norms.
+        norm_bytes: of a value of such an input.
+        rms: the norms scale by their weights values that these want again.
+        inside: query, key, value and the attention's output, and what activation and gate keep.
+        readers: linear layers that read what a norm gives.
+        others: what the other linear layers read and nothing inside keeps.
+        inputs: what all linear layers read, each counted for itself; `linears` is their number.
+    """
+
+    width: int
+    norm_bytes: int
+    rms: bool
+    inside: int
+    readers: int
+    others: int
+    inputs: int
+    linears: int
+
+    def kept(self, precision: str, *, trained: bool = True, adapter: LowRank | None = None) -> int:
+        """Bytes that a layer keeps: for the gradients of its inputs alone, and for those of its weights or adapters."""
+        size = PRECISIONS[precision]
+        total = 2 * self.norm_bytes * self.width + size.matmul * self.inside
+        if trained:
+            read = self.readers if size.casts else 2
+            total += 2 * self.rms * size.rms_scaled * self.width + size.matmul * (read * self.width + self.others)
+        if adapter is not None:
+            shared = size.matmul * (2 * self.width + self.others)
+            total += (adapter.value + adapter.dropout) * self.inputs if adapter.copies else shared
+            total += adapter.value * adapter.rank * self.linears
+        return total
+
+
+def encoder_layer(audio: Any, precision: str) -> Layer:
+    """An encoder layer; attention's output is laid out anew for the layer that reads it."""
+    d, f = audio.d_model, audio.encoder_ffn_dim
+    stream = PRECISIONS[precision].stream
+    return Layer(d, stream, rms=False, inside=4 * d + f, readers=4, others=d + f, inputs=5 * d + f, linears=6)
+
+
+def decoder_layer(text: Any) -> Layer:
+    """A decoder layer, whose norms compute in float32 always; inside are gate, activation and up too."""
+    d, f, width = text.hidden_size, text.intermediate_size, head_dim(text)
+    queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
+    inside = 2 * queries + 2 * keys + 3 * f
+    return Layer(d, 4, rms=True, inside=inside, readers=5, others=f, inputs=5 * d + queries + f, linears=7)
+
 
 OPTIMIZER_STATES = {
     "adamw_torch": (0, 2),
@@ -96,6 +164,7 @@ def step_memory(
     trained: Collection[str],
     adapter_parameters: int = 0,
     adapted: Collection[str] = (),
+    adapter: LowRank | None = None,
     checkpointed: Collection[str] = (),
     selective: bool = False,
     stage: int = 0,
@@ -114,6 +183,7 @@ def step_memory(
         parameters: per part, as `build.parameter_counts` gives them.
         trained: parts whose weights are trained.
         adapter_parameters: size of the low-rank adapters, all of them; `adapted`: the parts that they lie in.
+        adapter: how they compute.
         checkpointed: parts whose layers recompute their activations; `selective`: but for products and attention.
         stage, ranks: of ZeRO.
         precision: a key of `PRECISIONS`.
@@ -136,7 +206,14 @@ def step_memory(
         gradients=gradients / (ranks if stage >= 2 else 1),
         optimizer=0 if offload_optimizer else optimizer,
         activations=activation_bytes(
-            config, load, flows=flows, checkpointed=checkpointed, selective=selective, precision=precision
+            config,
+            load,
+            trained=trained,
+            adapted=adapted,
+            adapter=adapter,
+            checkpointed=checkpointed,
+            selective=selective,
+            precision=precision,
         ),
         head=head_bytes(config, load.labels, trained="lm_head" in trained, precision=precision),
         host=optimizer * offload_optimizer + weights * offload_parameters,
@@ -151,29 +228,37 @@ def activation_bytes(
     config: PreTrainedConfig,
     load: Load,
     *,
-    flows: Collection[str],
-    checkpointed: Collection[str],
+    trained: Collection[str],
+    adapted: Collection[str] = (),
+    adapter: LowRank | None = None,
+    checkpointed: Collection[str] = (),
     selective: bool = False,
     precision: str = "bfloat16",
 ) -> int:
     """Bytes that backward needs of forward.
 
     Args:
-        flows: parts with trained or adapted weights; the tower keeps nothing when it is not among them.
+        trained: parts with trained weights; the tower keeps nothing where it is neither trained nor adapted.
+        adapted: parts with low-rank adapters, all like `adapter`.
     """
     audio: Any = config.audio_config
     text: Any = config.text_config
     stream, family = PRECISIONS[precision].stream, family_of(config.model_type)
     frames = sum(family.num_encoder_frames(f) for f in load.clip_frames)
+    adapters = {part: adapter or LowRank() for part in adapted}
+
+    def per_layer(layer: Layer, part: str) -> int:
+        return layer.kept(precision, trained=part in trained, adapter=adapters.get(part))
+
     tower, one_encoder_layer = 0, 0
-    if "audio_tower" in flows:
-        whole = frames * encoder_layer_bytes(audio, precision)
+    if "audio_tower" in trained or "audio_tower" in adapted:
+        whole = frames * per_layer(encoder_layer(audio, precision), "audio_tower")
         recomputed = "audio_tower" in checkpointed
         products = selective * encoder_product_bytes(audio, precision)
         kept = frames * (stream * audio.d_model + products) if recomputed else whole
         tower = audio.encoder_layers * kept + convolution_bytes(audio, sum(load.clip_frames), precision)
         one_encoder_layer = whole * recomputed
-    whole = load.tokens * decoder_layer_bytes(text, precision)
+    whole = load.tokens * per_layer(decoder_layer(text), "language_model")
     recomputed = "language_model" in checkpointed
     products = selective * decoder_product_bytes(text, precision)
     kept = load.tokens * (stream * text.hidden_size + products) if recomputed else whole
@@ -183,31 +268,10 @@ def activation_bytes(
     return int(tower + max(language_model, one_encoder_layer))
 
 
-def encoder_layer_bytes(audio: Any, precision: str = "bfloat16") -> int:
-    """Bytes that one encoder layer keeps of one encoder frame (20 ms).
-
-    Of width d: what both norms keep; query, key, value and the attention's output, the last one twice (5 d); and the
-    feed-forward part's two inner values.
-    """
-    size = PRECISIONS[precision]
-    return int(size.audio_norms * audio.d_model + size.matmul * (5 * audio.d_model + 2 * audio.encoder_ffn_dim))
-
-
 def convolution_bytes(audio: Any, frames: int, precision: str = "bfloat16") -> int:
     """Bytes that both convolutions keep of `frames` mel frames: inputs and what the activations need."""
     values = audio.num_mel_bins + 2 * audio.d_model + audio.d_model // 2
     return int(frames * PRECISIONS[precision].matmul * values)
-
-
-def decoder_layer_bytes(text: Any, precision: str = "bfloat16") -> int:
-    """Bytes that one decoder layer keeps of one token.
-
-    What both norms keep; of the heads query, key, value and the attention's output; of the feed-forward part gate,
-    activation, up and product.
-    """
-    size = PRECISIONS[precision]
-    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
-    return int(size.text_norms * text.hidden_size + size.matmul * (heads + 4 * text.intermediate_size))
 
 
 def encoder_product_bytes(audio: Any, precision: str = "bfloat16") -> int:
