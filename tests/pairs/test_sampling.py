@@ -120,7 +120,7 @@ def test_a_function_of_the_user(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def shortness(question, answer):\n    return -len(answer) - len(question.text)\n")
     assert scorer(f"{file}:shortness")([(question(), ["ab", "abcd"])]) == [[-15.0, -17.0]]
-    for wrong, reason in ((f"{file}:other", "no function other"), ("none.py:f", "no such file"), ("best", "expected")):
+    for wrong, reason in ((f"{file}:other", "no function other"), ("none.py:f", "no file none"), ("best", "expected")):
         with pytest.raises(ScoreError, match=reason):
             scorer(wrong)
 
