@@ -249,9 +249,9 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         _refuse(missing(OmegaConf.to_container(merged, resolve=False)))
         config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{error.full_key or 'recipe'}: {reason}") from error
+        raise ConfigError(f"{getattr(error, 'full_key', '') or 'recipe'}: {reason}") from error
     _refuse(out_of_bounds(config))
     if isinstance(config, StageConfig):
         frozen = config.model.freeze.multi_modal_projector

@@ -97,8 +97,7 @@ def _first_difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def lineage_of(checkpoint: Path | None) -> dict[str, Any]:
     """What a checkpoint says of where it comes from; empty for none."""
-    found: dict[str, Any] = json.loads((checkpoint / "lineage.json").read_text()) if checkpoint else {}
-    return found
+    return folders.read_json(checkpoint / "lineage.json") if checkpoint else {}
 
 
 def start_of(config: StageConfig) -> str | None:

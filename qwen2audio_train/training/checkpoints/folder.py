@@ -14,7 +14,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -101,13 +101,23 @@ def verify(folder: Path, *, contents: bool = True) -> None:
 def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     """Size and checksum of every file that a manifest lists. Raises CheckpointError when it cannot be read."""
     try:
-        listed = json.loads(manifest.read_text())
-        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        entries = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in read_json(manifest).items()}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{manifest}: damaged, it is no list of files") from error
     if outside := [name for name in entries if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise CheckpointError(f"{manifest}: damaged, it lists {outside[0]!r}, which lies outside")
     return entries
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file in a checkpoint. Raises CheckpointError when it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, it holds no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: damaged, it holds no JSON object")
+    return found
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -185,7 +195,10 @@ def newest(resume: str, run_dir: Path) -> Path | None:
 
 def step_of(folder: Path) -> int:
     """Optimiser steps taken before a checkpoint."""
-    return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
+    step = read_json(folder / TRAINER_STATE_NAME).get("global_step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{folder / TRAINER_STATE_NAME}: global_step is {step!r}, expected an integer")
+    return step
 
 
 def users(checkpoint: Path) -> list[str]:

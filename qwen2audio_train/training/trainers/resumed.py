@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +72,13 @@ class ResumedTrainer(Trainer):
 
         Only what was learned comes from there: rates, decays and intervals are the recipe's.
         """
-        base = json.loads((folder / "lineage.json").read_text())["base"]
+        base = folders.read_json(folder / "lineage.json")["base"]
         if self.args.should_save and is_peft_model(self.model) and base != self.files.lineage["base"]:
             raise folders.CheckpointError(
                 f"{folder}: its adapter was trained on other base weights than those of init_from "
                 f"({self.files.lineage['init_from']}); put them back"
             )
-        self.loader.load_state_dict(json.loads((folder / "data_state.json").read_text()))
+        self.loader.load_state_dict(folders.read_json(folder / "data_state.json"))
         saved = self._saved_weights(folder)
         trained = adapter_names(self.model).values() if is_peft_model(self.model) else None
         restore_weights(self.model, saved, trained or [name for name, _ in self.model.named_parameters()])
