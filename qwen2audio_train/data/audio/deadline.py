@@ -1,8 +1,8 @@
 """A deadline for work that may never return: it is done by a process of its own, which is killed and replaced.
 
 A decoder that loops in C cannot be interrupted, and holds the interpreter if it is badly made. So each thread that
-decodes keeps one helper, forked at its first call and fed through pipes; samples come back in shared memory. A helper
-that crashes costs what it was working on, too.
+decodes keeps one helper, forked at its first call and fed through pipes; samples come back in shared memory, and are
+used where they lie. A helper that crashes costs what it was working on, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pickle
 import select
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -25,8 +26,10 @@ from qwen2audio_train.errors import ExampleError
 ARENA = 2**27
 """Bytes of shared memory: half an hour at 16 kHz in float32. It is virtual until it is used; more goes by pipe."""
 KEPT = 2**23
-"""Of the arena's pages, so many bytes are kept for the next clip, the rest is handed back."""
-LONGEST_READ = 2**20
+"""Where an array ends beyond so many bytes of the arena, it is copied out of there and its pages are handed back."""
+ALIGNMENT = 64
+LONGEST_READ = 2**16
+"""Bytes: what a pipe holds."""
 PR_SET_PDEATHSIG = 1
 
 Result = TypeVar("Result")
@@ -77,6 +80,8 @@ class Helper:
     def __init__(self) -> None:
         self.owner, self.is_stopped = os.getpid(), False
         self._arena = mmap.mmap(-1, ARENA)
+        self._folder = os.getcwd()
+        self._lent: list[tuple[int, weakref.ref[np.ndarray]]] = []
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         self._pid = os.fork()
@@ -88,7 +93,10 @@ class Helper:
         self._poll.register(self._answers, select.POLLIN)
 
     def call(self, timeout_s: float, work: Callable[..., Result], args: tuple[Any, ...]) -> Result:
-        _send(self._requests, (os.getcwd(), work, args))
+        folder = os.getcwd()  # paths are relative to it
+        place = self._free()
+        _send(self._requests, (None if folder == self._folder else folder, place, work, args))
+        self._folder = folder
         if not self._poll.poll(timeout_s * 1000):
             self.stop()
             raise DeadlineError(f"was not done after {timeout_s:g} s")
@@ -100,7 +108,7 @@ class Helper:
             raise DeadlineError(f"crashed ({how})") from None
         if not is_good:
             raise found
-        return self._taken(found) if isinstance(found, _Shared) else found
+        return self._taken(found, place) if isinstance(found, _Shared) else found
 
     def stop(self) -> int:
         """End the process; returns its status."""
@@ -115,11 +123,21 @@ class Helper:
 
     __del__ = stop
 
-    def _taken(self, shared: _Shared) -> Any:
-        size = int(np.prod(shared.shape)) * shared.dtype.itemsize
-        array = np.frombuffer(self._arena, shared.dtype, size // shared.dtype.itemsize).reshape(shared.shape).copy()
-        if size > KEPT:
-            self._arena.madvise(mmap.MADV_REMOVE)
+    def _free(self) -> int:
+        """Where in the arena the next array goes: behind those that somebody still holds."""
+        self._lent = [(end, array) for end, array in self._lent if array() is not None]
+        return max((end for end, _ in self._lent), default=0)
+
+    def _taken(self, shared: _Shared, place: int) -> np.ndarray:
+        """The array, where it lies: its place is free again once nobody holds it, nor a view of it."""
+        array = np.ndarray(shared.shape, shared.dtype, self._arena, place)
+        end = place + array.nbytes
+        if end > KEPT:
+            array = array.copy()
+            first = -(-place // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._arena.madvise(mmap.MADV_REMOVE, first, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE - first)
+        else:
+            self._lent.append((-(-end // ALIGNMENT) * ALIGNMENT, weakref.ref(array)))
         return array
 
 
@@ -136,14 +154,15 @@ def _serve(requests: int, answers: int, arena: mmap.mmap, parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while os.getppid() == parent:
-            folder, work, args = _receive(requests)
+            folder, place, work, args = _receive(requests)
             try:
-                os.chdir(folder)  # paths are relative to where the parent stands now
+                if folder is not None:
+                    os.chdir(folder)
                 found, is_good = work(*args), True
             except Exception as error:
                 found, is_good = error, False
-            if isinstance(found, np.ndarray) and found.nbytes <= ARENA:
-                np.frombuffer(arena, found.dtype, found.size).reshape(found.shape)[...] = found
+            if isinstance(found, np.ndarray) and place + found.nbytes <= ARENA:
+                np.ndarray(found.shape, found.dtype, arena, place)[...] = found
                 found = _Shared(found)
             try:
                 _send(answers, (is_good, found))
@@ -162,15 +181,13 @@ def _send(pipe: int, message: object) -> None:
 
 def _receive(pipe: int) -> Any:
     """Raises EOFError where the other end is gone."""
-    size = int.from_bytes(_exactly(pipe, 8), "little")
-    return pickle.loads(_exactly(pipe, size))
-
-
-def _exactly(pipe: int, size: int) -> bytes:
     data = bytearray()
-    while len(data) < size:
-        more = os.read(pipe, min(size - len(data), LONGEST_READ))
+    end = 8
+    while len(data) < end:  # there is one message at a time, most of them in one read
+        more = os.read(pipe, LONGEST_READ)
         if not more:
             raise EOFError
         data += more
-    return bytes(data)
+        if end == 8 and len(data) >= 8:
+            end += int.from_bytes(data[:8], "little")
+    return pickle.loads(memoryview(data)[8:])

@@ -99,6 +99,22 @@ def test_results_and_errors_come_back_as_they_are(tmp_path: Path, monkeypatch: p
     assert within(None, number_of_process) == os.getpid()
 
 
+def test_an_array_is_not_written_over_while_somebody_holds_it() -> None:
+    """It lies in memory that the helper writes to; a view holds it as well, and what nobody holds is used again."""
+    whole = within(9, array, 1000)
+    held = [whole[10:20], within(9, array, 7)]
+    del whole
+    last = [within(9, array, size) + 0 for size in (3000, 10, 2_000_000, 3_000_000)]
+    np.testing.assert_array_equal(held[0], np.arange(10, 20))
+    np.testing.assert_array_equal(held[1], np.arange(7))
+    for result in last:
+        np.testing.assert_array_equal(result, array(len(result)))
+    places = {within(9, array, 100).ctypes.data for _ in range(9)}
+    assert len(places) == 1
+    held.clear()
+    assert within(9, array, 100).ctypes.data < min(places)
+
+
 def test_every_thread_has_its_own_helper_and_takes_it_along() -> None:
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(within(9, number_of_process))) for _ in range(3)]
