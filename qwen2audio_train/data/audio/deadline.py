@@ -128,7 +128,7 @@ class Helper:
         self._lent = [(end, array) for end, array in self._lent if array() is not None]
         return max((end for end, _ in self._lent), default=0)
 
-    def _taken(self, shared: _Shared, place: int) -> np.ndarray:
+    def _taken(self, shared: _Shared, place: int) -> Any:
         """The array, where it lies: its place is free again once nobody holds it, nor a view of it."""
         array = np.ndarray(shared.shape, shared.dtype, self._arena, place)
         end = place + array.nbytes

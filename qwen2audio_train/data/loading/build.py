@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qwen2audio_train.data.loading.base import BatchLoader, are_preferences
 from qwen2audio_train.data.loading.build_streaming import build_streams
 from qwen2audio_train.data.loading.indexed import PackDataset, PackLoader
 from qwen2audio_train.data.manifests.cache import find_manifests
-from qwen2audio_train.data.order.index import Index, open_index, why_empty
+from qwen2audio_train.data.order.index import Index, open_index, release, why_empty
 from qwen2audio_train.data.order.mixture import MixedSource, Mixture, weighting_of
 from qwen2audio_train.data.order.planner import Planner
 from qwen2audio_train.data.quarantine import Quarantine
@@ -27,6 +28,9 @@ from qwen2audio_train.data.samples.maker import Maker, collator_of, maker_of
 from qwen2audio_train.data.samples.recipe import remote_of
 from qwen2audio_train.families.known import DEFAULT
 from qwen2audio_train.layout import NUM_MEL_BINS
+
+RECORDS_READ = 2**16
+"""Records of an index that are looked at together: 1.8 MB of pages."""
 
 
 def build_batches(
@@ -195,13 +199,18 @@ def task_shares(indexes: Mapping[str, Index], mixture: Mixture) -> dict[str, flo
 
 
 def _check_lengths(source: MixedSource, index: Index, limit: int) -> None:
-    records = index.records[: source.size]
-    shortest = int((records["audio_tokens"].astype(np.int64) + records["text_tokens"]).min())
-    if shortest > limit:
-        raise ConfigError(
-            f"every example of {source.name} is longer than a pack: the shortest has {shortest} tokens, the limit is "
-            f"{limit}; raise data.tokens_per_pack (and data.max_tokens_per_example), or leave the source out"
-        )
+    """Refuse a source of which nothing fits; read no further than the first that does, which is among the first."""
+    shortest = sys.maxsize
+    for start in range(0, source.size, RECORDS_READ):
+        records = index.records[start : min(start + RECORDS_READ, source.size)]
+        shortest = min(shortest, int((records["audio_tokens"].astype(np.int64) + records["text_tokens"]).min()))
+        release(index.records)
+        if shortest <= limit:
+            return
+    raise ConfigError(
+        f"every example of {source.name} is longer than a pack: the shortest has {shortest} tokens, the limit is "
+        f"{limit}; raise data.tokens_per_pack (and data.max_tokens_per_example), or leave the source out"
+    )
 
 
 def _size(index: Index, source: SourceConfig) -> int:

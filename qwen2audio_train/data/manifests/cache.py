@@ -28,12 +28,13 @@ from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.manifests.manifest import parse_line, parse_record
 from qwen2audio_train.data.manifests.tables import DELIMITERS, UTF16_MARKS, suffix_of
 from qwen2audio_train.data.storage.blobs import PLACED, BlobError, TarMember, member_places
-from qwen2audio_train.data.storage.files import text_hash, write_whole
+from qwen2audio_train.data.storage.files import locked, remembered, text_hash, write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.storage.remote import Remote
 from qwen2audio_train.errors import writable
 
 VERSION = 3
+PLAIN = "plain"
 
 ERROR_KEY = "__error__"
 """Key of a line that stands for a row of the corpus that could not be read: place, number and words of the error."""
@@ -112,7 +113,7 @@ def _manifest(corpus: Corpus, shard: int) -> Manifest:
     local = corpus.local(shard)
     place = corpus.place(shard)
     may_be_plain = corpus.kind is SourceFormat.manifest and corpus.is_ours and suffix_of(place) not in DELIMITERS
-    if may_be_plain and _is_plain(local):
+    if may_be_plain and remembered(local, corpus.remote.cache_dir, f"form/{VERSION}", _form_of) == PLAIN:
         return Manifest(local, place)
     mapping = [sorted(corpus.columns.items()), sorted(corpus.constants.items())]
     origin = corpus.arrows[shard] if corpus.arrows else corpus.labels
@@ -120,7 +121,10 @@ def _manifest(corpus: Corpus, shard: int) -> Manifest:
     parts = [VERSION, corpus.kind.value, mapping, corpus.name, *state]
     path = Path(corpus.remote.cache_dir) / "manifests" / f"{text_hash(*map(str, parts))}.jsonl"
     if not path.exists():
-        write_whole(path, _lines(corpus, shard, place))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):  # by one rank; the others read what it wrote
+            if not path.exists():
+                write_whole(path, _lines(corpus, shard, place))
     return Manifest(str(path), place)
 
 
@@ -154,6 +158,10 @@ def _record(corpus: Corpus, row: dict[str, Any] | ManifestError, place: str, num
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         told = ManifestError(place, number, "", "plain values (text, numbers, lists, objects)", str(error))
     return json.dumps({ERROR_KEY: told.args}, ensure_ascii=False)
+
+
+def _form_of(file: str) -> str:
+    return PLAIN if _is_plain(file) else "another"
 
 
 def _is_plain(file: str) -> bool:

@@ -26,7 +26,7 @@ from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.cache import Manifest
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.quarantine import BadExample, costing_one_example, count_reasons
-from qwen2audio_train.data.storage.files import content_hash, locked, text_hash
+from qwen2audio_train.data.storage.files import content_hash, locked, remembered, text_hash
 from qwen2audio_train.data.storage.parallel import in_order, processes
 
 RECORD = np.dtype(
@@ -164,7 +164,7 @@ def open_index(
     """
     if len(files) > MOST_FILES:
         raise ConfigError(f"{len(files)} files in one source; {MOST_FILES} are the most: put some of them together")
-    content = text_hash(*(content_hash(file.path) for file in files))
+    content = text_hash(*(remembered(file.path, cache_dir, "content", content_hash) for file in files))
     fingerprint = text_hash(str(COUNTS_VERSION), measure_key, content)
     folder = Path(cache_dir) / "index" / f"{fingerprint}-{VERSION}"
     if not (folder / "index.json").exists():

@@ -6,9 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UNSETTLED_NS = 2 * 10**9
+"""How old a change has to be before the times of a file are believed: some file systems keep whole seconds, FAT two."""
 
 
 def text_hash(*parts: str) -> str:
@@ -23,6 +27,28 @@ def content_hash(path: str) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def remembered(path: str, cache_dir: str | Path, what: str, work: Callable[[str], str]) -> str:
+    """`work(path)`, which reads a large file from end to end: done once for a state of the file, by one process.
+
+    The state is its path, size, inode and times of change. A file that was changed just now is read each time: within
+    the clock's grain it may change again and look the same.
+
+    Args:
+        what: names the work.
+    """
+    status = os.stat(path)
+    state = (status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    if time.time_ns() - max(state[2:]) < UNSETTLED_NS:
+        return work(path)
+    place = Path(cache_dir) / "files" / text_hash(what, os.path.abspath(path), *map(str, state))
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place.parent / "lock"):
+            if not place.exists():
+                write_whole(place, [work(path)])
+    return place.read_text(encoding="utf-8")
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
