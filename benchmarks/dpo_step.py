@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioFo
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from qwen2audio_train.batch import PreferenceBatch, tensors
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.data.samples.collate import pack_preference
@@ -182,7 +183,7 @@ def stock_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwa
 
 def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatch, dtype: torch.dtype) -> DPOTrainer:
     size = args.per_device_train_batch_size
-    batches = [pack_preference(pairs[start : start + size]) for start in range(0, len(pairs), size)]
+    batches = [tensors(pack_preference(pairs[start : start + size])) for start in range(0, len(pairs), size)]
     policy: Any = packed_model(dtype)
     frozen = packed_model(dtype) if kind == "live" else None
     if kind == "adapter_off":
@@ -200,7 +201,7 @@ def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatc
         files=RunFiles("", {}, lambda folder: None),
     )
     if kind == "cached":
-        trainer.precompute_reference(batches)
+        trainer.precompute_reference(cast(list[PreferenceBatch], batches))
     return trainer
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workload import Example, Workload
 
+from qwen2audio_train.batch import tensors
 from qwen2audio_train.config.schema import CheckpointingPolicy
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import build_sample
@@ -43,7 +44,7 @@ class Packs:
                 yield self.pack(examples[start : start + clips])
 
     def pack(self, examples: list[Example]) -> dict[str, Tensor]:
-        return pack([build_sample(e.rendered, [e.waveform], self.workload.tokenizer) for e in examples])
+        return tensors(pack([build_sample(e.rendered, [e.waveform], self.workload.tokenizer) for e in examples]))
 
 
 class PaddedPacks(Packs):

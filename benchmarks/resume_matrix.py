@@ -21,9 +21,9 @@ import random
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -33,12 +33,12 @@ import torch
 from record import save
 from transformers import PreTrainedTokenizerFast
 
+from qwen2audio_train.batch import PackedBatch, tensors
 from qwen2audio_train.config.data import DataConfig, SourceConfig
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.loading.streaming import StreamLoader, merge_states
 from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
-from qwen2audio_train.data.samples.collate import Batch
 
 WORLDS = ((1, 2), (2, 1), (2, 4), (4, 3))
 SIZES = {"a": (60, 2.0), "b": (25, 1.0)}
@@ -76,12 +76,11 @@ def write_sources(folder: Path, streaming: bool) -> dict[str, SourceConfig]:
     return sources
 
 
-def digest(batch: Batch) -> str:
+def digest(batch: PackedBatch) -> str:
     """Names, types, shapes and bytes of all tensors."""
     hashed = hashlib.blake2b(digest_size=16)
-    for key in sorted(batch):
-        tensor = batch[key].contiguous()
-        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes())
+    for key, tensor in sorted(tensors(batch).items()):
+        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.contiguous().numpy().tobytes())
     return hashed.hexdigest()
 
 
@@ -97,7 +96,7 @@ class Runs:
 
     def packs(self, loaders: Sequence[BatchLoader[Any]], num_steps: int) -> Steps:
         """Digests of the packs of every step over all ranks, fillers left out, whichever rank has them."""
-        streams = [iter(loader) for loader in loaders]
+        streams = [iter(cast(Iterable[PackedBatch], loader)) for loader in loaders]
         made: Steps = []
         for _ in range(num_steps):
             batches = [next(s) for s, one in zip(streams, loaders, strict=True) for _ in range(one.batches_per_step)]

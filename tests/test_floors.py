@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwen2audio_train"
 
-GROUND = ("layout", "errors", "families", "config")
+GROUND = ("layout", "batch", "errors", "families", "config")
 DATA = (
     *("data.storage", "data.examples", "data.quarantine", "data.prompts", "data.manifests", "data.order", "data.audio"),
     *("data.samples", "data.loading", "data.tools"),

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from qwen2audio_train.batch import PackedBatch, tensors
 from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.sample import Sample
@@ -139,7 +139,7 @@ def stepper(plan: Plan, typical: Typical, forwards: int) -> tuple[Callable[[int]
     def step(samples: int) -> None:
         optimizer.zero_grad()
         batch = random_pack(typical, samples, config.model.num_mel_bins, family_of(config.model.family))
-        inputs = {name: value.to(device()) for name, value in batch.items()}
+        inputs = {name: value.to(device()) for name, value in tensors(batch).items()}
         for _ in range(forwards):
             with torch.autocast(device().type, torch.bfloat16, enabled=bool(arguments.bf16)):
                 output = model(**inputs)
@@ -162,7 +162,7 @@ def random_model(config: StageConfig) -> PackedAudioLM:
     return model
 
 
-def random_pack(typical: Typical, samples: int, num_mel_bins: int, family: Family) -> dict[str, Tensor]:
+def random_pack(typical: Typical, samples: int, num_mel_bins: int, family: Family) -> PackedBatch:
     """So many samples of random audio and text end to end."""
     frames = typical.load.clip_frames
     audio = sum(family.num_audio_tokens(f) for f in frames)

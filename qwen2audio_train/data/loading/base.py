@@ -21,7 +21,7 @@ from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import PREFERENCE_TASKS
 from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.quarantine import BadExample, Quarantine
-from qwen2audio_train.data.samples.collate import Batch
+from qwen2audio_train.data.samples.collate import LoadedBatch
 from qwen2audio_train.data.samples.sample import Sample
 
 
@@ -127,7 +127,7 @@ class BatchLoader(ABC, Generic[MadeT]):
         return 0
 
     @abstractmethod
-    def _batches(self) -> Iterator[tuple[Batch, MadeT]]:
+    def _batches(self) -> Iterator[tuple[LoadedBatch, MadeT]]:
         """The batches of this rank after the steps handed out so far, from the workers."""
 
     @abstractmethod
@@ -153,7 +153,7 @@ class BatchLoader(ABC, Generic[MadeT]):
         """Optimiser steps that were handed out whole, since the very start of the run."""
         return self._done
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         made = self._batches()
         while True:
             for place in range(self.batches_per_step):

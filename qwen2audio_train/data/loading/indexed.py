@@ -24,7 +24,7 @@ from qwen2audio_train.data.order.index import Index
 from qwen2audio_train.data.order.planner import Cursor, Pack, Planner, deal, steps
 from qwen2audio_train.data.order.state import DataStateError, inputs_of, restore, save_state
 from qwen2audio_train.data.quarantine import Quarantine, costing_one_example
-from qwen2audio_train.data.samples.collate import Batch
+from qwen2audio_train.data.samples.collate import LoadedBatch
 from qwen2audio_train.data.samples.sample import Sample
 
 KEPT_MARKS = 1000
@@ -37,15 +37,15 @@ Materialise = Callable[[Example, int, int], Sample]
 
 
 @dataclass(frozen=True)
-class PackDataset(Dataset[tuple[Batch, Made]]):
+class PackDataset(Dataset[tuple[LoadedBatch, Made]]):
     """From a request, rows (n, 3) of (source, pass, example), to a packed batch. Runs in the workers."""
 
     names: tuple[str, ...]
     indexes: tuple[Index, ...]
     materialise: Materialise
-    collate: Callable[[list[Sample]], Batch]
+    collate: Callable[[list[Sample]], LoadedBatch]
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> tuple[Batch, Made]:
+    def __getitem__(self, rows: NDArray[np.int64]) -> tuple[LoadedBatch, Made]:
         making = Making()
         for source, number, position in rows.tolist():
             name = self.names[source]
@@ -129,9 +129,9 @@ class PackLoader(BatchLoader[Made]):
         mark = self._marks.get(self._done)
         return 0 if mark is None else mark.plan
 
-    def _batches(self) -> Iterator[tuple[Batch, Made]]:
+    def _batches(self) -> Iterator[tuple[LoadedBatch, Made]]:
         self._rewind_to(self._done)
-        made: Iterator[tuple[Batch, Made]] = self._from_workers(
+        made: Iterator[tuple[LoadedBatch, Made]] = self._from_workers(
             self.dataset, self.num_workers, _Requests(self._requests)
         )
         return made

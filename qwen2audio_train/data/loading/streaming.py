@@ -21,7 +21,7 @@ from qwen2audio_train.data.loading.logical_stream import LogicalStream, Raw, Str
 from qwen2audio_train.data.loading.telemetry import Telemetry
 from qwen2audio_train.data.order.state import STATE_VERSION, DataStateError, changed_inputs, other_data, plan_hash
 from qwen2audio_train.data.quarantine import Quarantine, costing_one_example
-from qwen2audio_train.data.samples.collate import Batch
+from qwen2audio_train.data.samples.collate import LoadedBatch
 from qwen2audio_train.data.samples.sample import Sample
 
 KEPT_STEPS = 100
@@ -41,7 +41,7 @@ class StreamMade(Made):
     num_packs: int = 0
 
 
-class StreamDataset(IterableDataset[tuple[Batch, StreamMade] | None]):
+class StreamDataset(IterableDataset[tuple[LoadedBatch, StreamMade] | None]):
     """Batches of one rank, in the order of its places in a step, step after step.
 
     The workers are so many columns times so many turns. A column has every so-many-th place of a step, and its streams
@@ -54,7 +54,7 @@ class StreamDataset(IterableDataset[tuple[Batch, StreamMade] | None]):
         self,
         streams: Sequence[Sequence[LogicalStream]],
         make_sample: MakeSample,
-        collate: Callable[[list[Sample]], Batch],
+        collate: Callable[[list[Sample]], LoadedBatch],
     ) -> None:
         """`streams[b]` feed batch b of every step; none at all make it a filler."""
         self.streams, self.make_sample, self.collate = streams, make_sample, collate
@@ -64,7 +64,7 @@ class StreamDataset(IterableDataset[tuple[Batch, StreamMade] | None]):
         """How many workers share the work evenly, of so many at most: columns x turns."""
         return wanted if wanted <= len(self.streams) else wanted // len(self.streams) * len(self.streams)
 
-    def __iter__(self) -> Iterator[tuple[Batch, StreamMade] | None]:
+    def __iter__(self) -> Iterator[tuple[LoadedBatch, StreamMade] | None]:
         worker = get_worker_info()
         number, total = (worker.id, worker.num_workers) if worker else (0, 1)
         columns = min(total, len(self.streams))
@@ -79,7 +79,7 @@ class StreamDataset(IterableDataset[tuple[Batch, StreamMade] | None]):
                     yield self._batch(packs)
             yield from [None] * padding
 
-    def _batch(self, packs: list[tuple[LogicalStream, StreamPack]]) -> tuple[Batch, StreamMade]:
+    def _batch(self, packs: list[tuple[LogicalStream, StreamPack]]) -> tuple[LoadedBatch, StreamMade]:
         making = Making()
         for stream, pack in packs:
             for item in pack.drawn:
@@ -107,7 +107,7 @@ class StreamLoader(BatchLoader[StreamMade]):
 
     streams: tuple[LogicalStream, ...]
     make_sample: MakeSample
-    collate: Callable[[list[Sample]], Batch]
+    collate: Callable[[list[Sample]], LoadedBatch]
     inputs: dict[str, Any]
     tasks: dict[str, tuple[str, ...]]
     quarantine: Quarantine
@@ -128,7 +128,7 @@ class StreamLoader(BatchLoader[StreamMade]):
         self._cursors = {stream.number: stream.start() for stream in self.streams}
         self._history = {0: dict(self._cursors)}
 
-    def _batches(self) -> Iterator[tuple[Batch, StreamMade]]:
+    def _batches(self) -> Iterator[tuple[LoadedBatch, StreamMade]]:
         size = self.packs_per_forward
         batches = [self._mine[i * size : (i + 1) * size] for i in range(self.batches_per_step)]
         dataset = StreamDataset(batches, self.make_sample, self.collate)

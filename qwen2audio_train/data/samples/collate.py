@@ -22,24 +22,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 
+from qwen2audio_train.batch import Audio, Batch, PackedBatch, PreferenceBatch, Segments, Transcripts
 from qwen2audio_train.config.data import LossWeighting
 from qwen2audio_train.data.examples import DESIRABLE, PAIRED, UNDESIRABLE
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import NUM_MEL_BINS
-
-Batch = dict[str, torch.Tensor]
 
 
 def pack(
     samples: Sequence[Sample],
     loss_weighting: LossWeighting = LossWeighting.token,
     num_mel_bins: int = NUM_MEL_BINS,
-) -> Batch:
+) -> PackedBatch:
     """The packed batch of some samples; of none it is a filler of one token without targets.
 
     `weight` of a target is `sample.weight` under "token", so that every label counts the same, and
@@ -67,8 +66,18 @@ def pack(
     }
 
 
-def unpacked(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples as they are, under `prompts`: prompts that are packed once they have been answered."""
+class PromptBatch(TypedDict):
+    """Prompts that are packed once they have been answered."""
+
+    prompts: list[Sample]
+
+
+LoadedBatch = Batch | PromptBatch
+"""What a loader gives: which of them, its stage knows."""
+
+
+def unpacked(samples: Sequence[Sample]) -> PromptBatch:
+    """The samples as they are."""
     return {"prompts": list(samples)}
 
 
@@ -82,7 +91,7 @@ def task_weights(shares: Mapping[str, float]) -> dict[str, float]:
     return {task: total / (len(shares) * share) for task, share in shares.items() if share > 0}
 
 
-def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS) -> Batch:
+def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS) -> PreferenceBatch:
     """The packed batch of preference samples, one tree each, and the rows that TRL's loss reads.
 
     A pair's row holds the last token of the prompt (`completion_mask` 0), from which the answer's first token is
@@ -119,8 +128,7 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
     attended = scatter >= 0
     completion = attended.clone()
     completion[:, 0] = False
-    labels = torch.arange(len(scatter)) < len(chosen)
-    return {
+    batch: PreferenceBatch = {
         "packed_ids": ids,
         "packed_positions": rows.position_ids(),
         "scatter": scatter,
@@ -128,10 +136,14 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
         "attention_mask": attended.long(),
         "completion_mask": completion.long(),
         "pair_weight": torch.full((len(keys) if paired else len(scatter),), float(real)),
-        **({"pair_key": torch.from_numpy(np.stack(keys))} if paired else {"label": labels}),
         **rows.segments(),
         **_audio(samples, rows.starts, num_mel_bins),
     }
+    if paired:
+        batch["pair_key"] = torch.from_numpy(np.stack(keys))
+    else:
+        batch["label"] = torch.arange(len(scatter)) < len(chosen)
+    return batch
 
 
 class _Place:
@@ -179,8 +191,8 @@ class _Rows:
     def position_ids(self) -> torch.Tensor:
         return _int64(np.concatenate(self._positions or [np.zeros(1)]))[None]
 
-    def segments(self) -> Batch:
-        segments = {
+    def segments(self) -> Segments:
+        segments: Segments = {
             "cu_q": _borders(self._queries or [1]),
             "cu_k": _borders([len(keys) for keys in self._keys] or [1]),
         }
@@ -207,7 +219,7 @@ def _targets(sample: Sample, place: _Place, weighting: LossWeighting) -> tuple[n
     )
 
 
-def _audio(samples: Sequence[Sample], starts: Sequence[int], num_mel_bins: int) -> Batch:
+def _audio(samples: Sequence[Sample], starts: Sequence[int], num_mel_bins: int) -> Audio:
     mels = [mel for sample in samples for mel in sample.mels]
     frames = [frames for sample in samples for frames in sample.clip_frames]
     slots = [sample.audio_slot + start for sample, start in zip(samples, starts, strict=True)]
@@ -219,7 +231,7 @@ def _audio(samples: Sequence[Sample], starts: Sequence[int], num_mel_bins: int) 
     }
 
 
-def _transcripts(samples: Sequence[Sample]) -> Batch:
+def _transcripts(samples: Sequence[Sample]) -> Transcripts:
     lengths = [len(sample.transcript) if index == 0 else 0 for sample in samples for index in range(len(sample.mels))]
     return {
         "transcript": _int64(np.concatenate([[], *(sample.transcript for sample in samples)])),

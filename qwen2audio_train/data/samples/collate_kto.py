@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qwen2audio_train.data.samples.collate import Batch, pack_preference
+from qwen2audio_train.batch import PreferenceBatch, UnpairedBatch
+from qwen2audio_train.data.samples.collate import pack_preference
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import NUM_MEL_BINS
 
@@ -25,21 +26,23 @@ class Answers(Enum):
     with_foreign = "with_foreign"
 
 
-def pack_unpaired(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS, *, foreign: bool = True) -> Batch:
+def pack_unpaired(
+    samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS, *, foreign: bool = True
+) -> UnpairedBatch:
     """`pack_preference` with every pair as two answers; `foreign` adds the rows that the KL term is measured on."""
     batch = unpaired(pack_preference(samples, num_mel_bins))
     return with_foreign_answers(batch) if foreign else batch
 
 
-def unpaired(batch: Batch) -> Batch:
+def unpaired(batch: PreferenceBatch) -> UnpairedBatch:
     """A batch of pairs as one of single answers: `label` (R,) bool and `pair_weight` (R,)."""
     if "label" in batch:
-        return batch
+        return {**batch}
     weight = batch["pair_weight"].repeat(2)
-    return batch | {"label": torch.arange(len(weight)) < len(weight) // 2, "pair_weight": weight}
+    return {**batch, "label": torch.arange(len(weight)) < len(weight) // 2, "pair_weight": weight}
 
 
-def with_foreign_answers(batch: Batch) -> Batch:
+def with_foreign_answers(batch: UnpairedBatch) -> UnpairedBatch:
     """Add the rows `KL_...` (R, T'), one per row: its prompt, and as a branch of its own the answer to another prompt.
 
     The answer is that of the nearest row before it (round the end) that has another prompt, and empty without such one.
@@ -69,7 +72,8 @@ def with_foreign_answers(batch: Batch) -> Batch:
     completion = attended.long()
     completion[:, 0] = 0
     queries, attended_keys = torch.tensor(lengths, dtype=torch.long).view(-1, 2).unbind(1)
-    return batch | {
+    return {
+        **batch,
         "packed_ids": all_ids[None],
         "packed_positions": torch.cat([positions, *new_positions])[None],
         "cu_q": _extended(batch["cu_q"], queries),

@@ -18,7 +18,7 @@ from qwen2audio_train.data.audio.length import clip_length
 from qwen2audio_train.data.examples import Clip, Example, TaskExample
 from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.prompts.tokenize import count_tokens
-from qwen2audio_train.data.samples.collate import Batch, pack, pack_preference, unpacked
+from qwen2audio_train.data.samples.collate import LoadedBatch, pack, pack_preference, unpacked
 from qwen2audio_train.data.samples.collate_kto import Answers, pack_unpaired
 from qwen2audio_train.data.samples.recipe import limits_of, plain, recipe_of, remote_of, render_as
 from qwen2audio_train.data.samples.sample import Sample, materialise
@@ -156,7 +156,7 @@ def maker_of(
     return Maker(tokenizer, recipe, longest, augmenter=augmenter, for_generation=for_generation)
 
 
-def collator_of(data: DataConfig, maker: Maker, is_preference: bool) -> Callable[[Sequence[Sample]], Batch]:
+def collator_of(data: DataConfig, maker: Maker, is_preference: bool) -> Callable[[Sequence[Sample]], LoadedBatch]:
     """What lays the samples of a batch end to end, or hands prompts on as they are."""
     if maker.for_generation:
         return unpacked

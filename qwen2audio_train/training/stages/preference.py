@@ -7,20 +7,21 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from qwen2audio_train.batch import PreferenceBatch
 from qwen2audio_train.config.preference import Objective, PreferenceConfig, Reference
 from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.data.examples import ChatExample, Message, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.data.loading.build import eval_batches
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.samples.collate import LoadedBatch
 from qwen2audio_train.data.samples.recipe import recipe_of, remote_of
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.training.reference.cache import ReferenceCache, reference_id
@@ -145,13 +146,13 @@ def every_training_pair(
 
 
 def fill_cache(
-    trainer: AudioDPOTrainer, cache: ReferenceCache, passes: list[Callable[[], Iterable[dict[str, Tensor]]] | None]
+    trainer: AudioDPOTrainer, cache: ReferenceCache, passes: list[Callable[[], Iterable[LoadedBatch]] | None]
 ) -> None:
     """Store what is missing of every pass over pairs, and read what the other ranks stored."""
     before = len(cache)
     for batches in passes:
         if batches is not None:
-            trainer.precompute_reference(batches())
+            trainer.precompute_reference(cast(Iterable[PreferenceBatch], batches()))
     if dist.is_initialized():
         dist.barrier()
     cache.load()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 from typing_extensions import override
 
+from qwen2audio_train.batch import PreferenceBatch
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.reference.cache import ReferenceCache, ReferenceCacheError
@@ -68,10 +69,10 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
         if "label" in inputs:
             raise ConfigError("DPO compares pairs, and there are unpaired answers: use preference.objective=kto")
         if self.cache is not None:
-            inputs = inputs | self._reference_logps(self.cache, model, inputs)
+            inputs = inputs | self._reference_logps(self.cache, model, cast(PreferenceBatch, inputs))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def precompute_reference(self, batches: Iterable[dict[str, Tensor]]) -> int:
+    def precompute_reference(self, batches: Iterable[PreferenceBatch]) -> int:
         """Fill the store from `batches` of this rank before training; every rank gives equally many.
 
         The reference is the live one, or else the policy itself, which before its first step is its own reference.
@@ -90,7 +91,7 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
         self.cache.close()
         return len(self.cache)
 
-    def _reference_logps(self, cache: ReferenceCache, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _reference_logps(self, cache: ReferenceCache, model: Any, inputs: PreferenceBatch) -> dict[str, Tensor]:
         """`ref_chosen_logps` and `ref_rejected_logps` (B,) from the store, or computed and stored."""
         logps, found = cache.lookup(inputs["pair_key"])
         live = self.ref_model or (model if self._adapter_is_reference else None)
@@ -110,22 +111,22 @@ class AudioDPOTrainer(PreferenceTrainer, DPOTrainer):
         chosen, rejected = logps.to(self.args.device).unbind(1)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    def _recompute(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _recompute(self, model: Any, inputs: PreferenceBatch) -> Tensor:
         """Reference log-probabilities (B, 2) float32 on the CPU."""
         return torch.stack(self.compute_ref_log_probs(model, without_own_keys(inputs)), dim=1).float().cpu()
 
-    def _store(self, cache: ReferenceCache, inputs: dict[str, Any], found: Tensor, logps: Tensor) -> None:
+    def _store(self, cache: ReferenceCache, inputs: PreferenceBatch, found: Tensor, logps: Tensor) -> None:
         new = ~found & _real(inputs)
         if new.any():
             cache.store(inputs["pair_key"].cpu()[new], logps[new])
 
-    def _any_rank_lacks(self, found: Tensor, inputs: dict[str, Any]) -> bool:
+    def _any_rank_lacks(self, found: Tensor, inputs: PreferenceBatch) -> bool:
         """Whether any rank misses a pair: under ZeRO-3 all have to run the reference, or none."""
         lacks = not bool((found | ~_real(inputs)).all())
         return bool(self.sum_over_ranks(torch.tensor([float(lacks)])) > 0)
 
 
-def _real(inputs: dict[str, Any]) -> Tensor:
+def _real(inputs: PreferenceBatch) -> Tensor:
     """(B,) bool on the CPU: false for the dummy pair of a filler."""
     real: Tensor = inputs["pair_weight"].cpu() > 0
     return real

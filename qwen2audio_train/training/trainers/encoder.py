@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 from typing_extensions import override
 
+from qwen2audio_train.batch import PackedBatch
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.recogniser import Recogniser
 from qwen2audio_train.training.checkpoints import folder as folders
@@ -27,7 +28,7 @@ AUDIO, HEAD = "audio.", "lm_head."
 class EncoderTrainer(PackedTrainer, Trainer):
     """The loss of a step is its sum over all transcripts, divided by their tokens over all ranks and micro-batches."""
 
-    def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+    def _count(self, batches: list[PackedBatch], device: Any) -> StepCounts:
         spoken = self._recogniser().spoken.cpu()
         counts = super()._count(batches, device)
         labels = torch.tensor([float(sum(spoken[batch["target"]].sum() for batch in batches))], dtype=torch.float64)

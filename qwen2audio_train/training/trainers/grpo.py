@@ -10,9 +10,9 @@ Shape legend: P prompts of N completions in a micro-batch, M tokens of completio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from qwen2audio_train.config.reinforcement import GrpoConfig
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.collate import PromptBatch, pack
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_tokens, stop_ids
@@ -256,8 +256,8 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         names = [*self.rewards, "reward", "length"]
         sums = torch.zeros(len(names), 2, dtype=torch.float64)
         batches = self.eval_batches()
-        for batch in batches:
-            prompts: Any = batch["prompts"]
+        for batch in cast(Iterable[PromptBatch], batches):
+            prompts = batch["prompts"]
             completions = sample_tokens(self.model, self.tokenizer, prompts, self.decoding(greedy=True))
             scores = self._rewards(prompts, completions)
             values = [*scores.values(), self._total(scores)] if prompts else []

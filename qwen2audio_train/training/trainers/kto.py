@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trl import KTOTrainer
 from typing_extensions import override
 
+from qwen2audio_train.batch import UnpairedBatch
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.training.reference.reference import resolve_reference
 from qwen2audio_train.training.trainers.preference import PreferenceTrainer
@@ -49,7 +50,7 @@ class AudioKTOTrainer(PreferenceTrainer, KTOTrainer):
         return means
 
     @override
-    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor | None:
+    def _compute_kl_logps(self, model: Any, batch: UnpairedBatch) -> Tensor | None:
         """TRL's, on the rows of the answers that do not belong."""
         foreign = {"scatter": batch["KL_scatter"]} if self.calculate_KL else {}
         found: Tensor | None = super()._compute_kl_logps(model, batch | foreign)

@@ -168,7 +168,7 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         evaluated = any("eval_loss" in line or "eval_reward" in line for line in here)
         self.control.should_evaluate = self.args.eval_strategy == "steps" and not evaluated
 
-    def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+    def _count(self, batches: list[Any], device: Any) -> StepCounts:
         rows = [counts_of(batch, self.flops) for batch in batches]
         own = float(self.loader.plan)
         total = torch.tensor([*torch.tensor(rows, dtype=torch.float64).sum(0), own], dtype=torch.float64)

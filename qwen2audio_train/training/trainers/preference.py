@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import use_adapter
 from typing_extensions import override
 
+from qwen2audio_train.batch import PreferenceBatch
 from qwen2audio_train.config.preference import Reference
 from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.training.checkpoints.restore import kept_whole, whole
@@ -120,7 +121,7 @@ class PreferenceTrainer(PackedTrainer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+    def _count(self, batches: list[PreferenceBatch], device: Any) -> StepCounts:
         """The weight of a step is its number of pairs."""
         counts = super()._count(batches, device)
         return dataclasses.replace(counts, weight=counts.pairs)
@@ -143,14 +144,14 @@ class PreferenceTrainer(PackedTrainer):
         """
         batch = without_own_keys(inputs)
         pairs = inputs["pair_weight"].sum()
-        with self._tallied(batch, float(pairs)):
+        with self._tallied(cast(PreferenceBatch, batch), float(pairs)):
             loss: Any = super().compute_loss(model, batch)
         return loss if num_items_in_batch is None else loss * (pairs * self.args.world_size / num_items_in_batch)
 
     # Metrics ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _tallied(self, batch: dict[str, Any], pairs: float) -> Iterator[None]:
+    def _tallied(self, batch: PreferenceBatch, pairs: float) -> Iterator[None]:
         """Keep what TRL logs about this micro-batch as weighted sums of this rank; `_means` joins the ranks.
 
         TRL gathers each figure over the ranks at once and averages over micro-batches: fillers would count, and ranks
@@ -265,7 +266,7 @@ class PreferenceTrainer(PackedTrainer):
             yield self.ref_model
 
 
-def _sizes(batch: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def _sizes(batch: PreferenceBatch) -> tuple[dict[str, float], dict[str, float]]:
     """Tokens of the answers, and rows, of all, of the chosen (or desirable) and of the rejected (or undesirable)."""
     mask = batch["completion_mask"].cpu()
     chosen = batch["label"].cpu() if "label" in batch else torch.arange(len(mask)) < len(mask) // 2
@@ -282,6 +283,6 @@ def _twin(name: str) -> str:
     return f"{metric}/{SIDES[1 - SIDES.index(side)]}" if side in SIDES else name
 
 
-def without_own_keys(inputs: dict[str, Any]) -> dict[str, Any]:
+def without_own_keys(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What of a batch TRL and the model get."""
     return {key: value for key, value in inputs.items() if key not in OWN_KEYS}

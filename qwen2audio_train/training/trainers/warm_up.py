@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jiwer
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer
 from typing_extensions import override
 
+from qwen2audio_train.batch import PackedBatch
 from qwen2audio_train.model.ctc import HEAD
 from qwen2audio_train.model.freeze import part_of
 from qwen2audio_train.model.packed import unwrap
@@ -49,7 +51,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         self.embedding_norm = embedding_norm
         self.norms = torch.zeros(2, dtype=torch.float64)
 
-    def _count(self, batches: list[dict[str, Tensor]], device: Any) -> StepCounts:
+    def _count(self, batches: list[PackedBatch], device: Any) -> StepCounts:
         self.norms.zero_()
         counts = super()._count(batches, device)
         return dataclasses.replace(counts, weight=counts.spoken)
@@ -83,7 +85,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         model.eval()
         sums = torch.zeros(6, dtype=torch.float64)
         batches = self.eval_batches()
-        for batch in batches:
+        for batch in cast(Iterable[PackedBatch], batches):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 output = model(**inputs)
