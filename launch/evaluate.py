@@ -21,7 +21,6 @@ from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.config.tools import EvaluateConfig
-from qwen2audio_train.data.examples import Example
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions, judge_evaluation, judgement_table
@@ -29,6 +28,7 @@ from qwen2audio_train.evaluation.reporting.compare import CompareOptions, compar
 from qwen2audio_train.evaluation.reporting.stage_record import save_stage
 from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, score_pairs
+from qwen2audio_train.training.stages.decoded import some_of_each
 from qwen2audio_train.training.stages.policy import load_for_inference
 from qwen2audio_train.training.stages.process import process
 
@@ -71,20 +71,6 @@ def check_files(config: EvaluateConfig) -> None:
         check_file("train_manifests", path)
     if config.pairs is not None:
         check_file("pairs", config.pairs)
-
-
-def some_of_each(examples: list[Example], count: int) -> list[Example]:
-    """`count` examples of every source, evenly from the whole of it, or all of them for 0."""
-    sources: dict[str, list[Example]] = {}
-    for example in examples:
-        sources.setdefault(example.source, []).append(example)
-    if not count:
-        return examples
-    return [
-        group[place * len(group) // min(count, len(group))]
-        for group in sources.values()
-        for place in range(min(count, len(group)))
-    ]
 
 
 def run_compare(options: CompareOptions) -> int:

@@ -19,6 +19,7 @@ from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bo
 from qwen2audio_train.config.combinations import refusal
 from qwen2audio_train.config.ctc import CtcConfig, ctc_refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
+from qwen2audio_train.config.decoded import DecodedConfig, decoded_refusal
 from qwen2audio_train.config.preference import PreferenceConfig
 from qwen2audio_train.config.reinforcement import GrpoConfig
 from qwen2audio_train.config.tracker import TrackerConfig
@@ -207,6 +208,7 @@ class StageConfig:
         trainer: keys of `transformers.TrainingArguments` (dpo: `trl.DPOConfig`), under their own names.
         deepspeed: ZeRO and offloading.
         tracker: Weights & Biases.
+        decoded: held-out examples that pre-training and fine-tuning decode and score at every evaluation.
         preference: objective and reference of the stage dpo.
         ctc: reading audio embeddings as tokens.
         grpo: reinforcement from rewards.
@@ -228,6 +230,7 @@ class StageConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    decoded: DecodedConfig = field(default_factory=DecodedConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     ctc: CtcConfig = field(default_factory=CtcConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
@@ -256,7 +259,8 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
     if isinstance(config, StageConfig):
         frozen = config.model.freeze.multi_modal_projector
         chosen = _choice(config)
-        _refuse(filter(None, (refusal(chosen), ctc_refusal(config.ctc, config.stage, chosen, frozen))))
+        decoded = decoded_refusal(config.decoded, config.stage, config.trainer.get("eval_strategy", "no"))
+        _refuse(filter(None, (refusal(chosen), ctc_refusal(config.ctc, config.stage, chosen, frozen), decoded)))
     return config
 
 

@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "data.cache_dir": Rule.free,
     "data.cache_max_gib": Rule.free,
     "data.on_changed_data": Rule.free,
+    "decoded": Rule.free,
     "adapter": Rule.refused,
     "optimizer": Rule.applied,
     "trainer": Rule.applied,

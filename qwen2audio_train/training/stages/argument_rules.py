@@ -40,6 +40,10 @@ NEEDS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], bool]], ...] = (
 """Arguments that do nothing without another: the argument, what it needs, and whether that is given."""
 
 
+LOWER = {"loss", "wer", "cer", "hallucination", "aas_ms"}
+"""Metrics in the names of held-out figures that are errors; Trainer takes every figure but `loss` for a score."""
+
+
 def misfits_together(given: Mapping[str, Any]) -> Iterator[str]:
     """Describe arguments that would be ignored or fail beside the others.
 
@@ -53,11 +57,19 @@ def misfits_together(given: Mapping[str, Any]) -> Iterator[str]:
         yield "trainer.save_strategy=best: nothing says which is best; set trainer.eval_strategy=steps"
     if given.get("save_strategy") == "best" and not given.get("metric_for_best_model"):
         yield "trainer.save_strategy=best: set trainer.metric_for_best_model, such as eval_loss"
+    yield from _best_misfits(given)
     for interval in ("logging_steps", "eval_steps", "save_steps"):
         if (steps := given.get(interval)) is not None and steps <= 0:
             yield f"trainer.{interval}: {steps} is too small; expected 1 or more, or a share of max_steps"
     yield from _preference_misfits(given)
     yield from _schedule_misfits(given)
+
+
+def _best_misfits(given: Mapping[str, Any]) -> Iterator[str]:
+    best = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
+    parts = best.split("/")[:2]
+    if best != "loss" and LOWER & set(parts) and given.get("greater_is_better") is None:
+        yield f"trainer.metric_for_best_model={best}: the lower the better; set trainer.greater_is_better=false"
 
 
 def _preference_misfits(given: Mapping[str, Any]) -> Iterator[str]:

@@ -78,8 +78,12 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     kind = arguments_class(config)
     check_trainer_keys(config.trainer, kind)
     for key in ("eval_strategy", "eval_on_start"):
-        if config.trainer.get(key, "no") not in ("no", False) and not config.data.eval_sources:
-            raise ConfigError(f"trainer.{key}={config.trainer[key]}: there are no data.eval_sources")
+        if config.trainer.get(key, "no") not in ("no", False) and not (
+            config.data.eval_sources or config.decoded.manifests
+        ):
+            raise ConfigError(
+                f"trainer.{key}={config.trainer[key]}: there are no data.eval_sources and no decoded.manifests"
+            )
     values: dict[str, Any] = {
         "max_steps": DEFAULT_MAX_STEPS,
         "logging_steps": 10,

@@ -10,6 +10,7 @@ from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.data.loading.base import BatchLoader
 from qwen2audio_train.training.stages.batches import held_out
 from qwen2audio_train.training.stages.ctc_head import attach_auxiliary
+from qwen2audio_train.training.stages.decoded import held_out_decoding
 from qwen2audio_train.training.stages.run import run_files, settings
 from qwen2audio_train.training.trainers.callbacks import callbacks
 from qwen2audio_train.training.trainers.language_model import AudioTrainer
@@ -32,6 +33,7 @@ def language_modelling_trainer(
         args=arguments,
         loader=batches,
         eval_batches=eval_maker,
+        decoded=held_out_decoding(config, tokenizer),
         files=run_files(config, tokenizer),
         sources=list(batches.source_names),
         rates=config.optimizer,

@@ -11,6 +11,7 @@ from transformers import Trainer
 from typing_extensions import override
 
 from qwen2audio_train.config.ctc import CtcConfig
+from qwen2audio_train.data.loading.indexed import PackLoader
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.training.trainers.packed import PackedTrainer
 
@@ -21,8 +22,14 @@ class AudioTrainer(PackedTrainer, Trainer):
     Where the model has a `ctc_head`, `ctc.weight` times the loss per token of the transcripts comes on top.
     """
 
-    def __init__(self, *args: Any, sources: list[str], ctc: CtcConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sources: list[str], ctc: CtcConfig | None = None, decoded: Any = None, **kwargs: Any
+    ) -> None:
+        """`decoded` takes the trainer and gives figures of held-out texts, which match its `figures`."""
         self.sources = sources
+        self.decoded = decoded
+        if decoded is not None:
+            kwargs.setdefault("eval_dataset", [])
         self.ctc = ctc or CtcConfig()
         self.ctc_sums = torch.zeros(2, dtype=torch.float64)
         super().__init__(*args, **kwargs)
@@ -76,20 +83,28 @@ class AudioTrainer(PackedTrainer, Trainer):
         return figures
 
     def held_out_figures(self) -> set[str]:
+        decoded = {f"eval_{pattern}" for pattern in self.decoded.figures} if self.decoded else set()
         if self.eval_batches is None:
-            return set()
+            return decoded
         of_sources = {f"eval_loss/{name}" for name in self.eval_batches().source_names}
-        return super().held_out_figures() | {"eval_token_accuracy"} | of_sources
+        return super().held_out_figures() | {"eval_token_accuracy"} | of_sources | decoded
 
     @override
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Teacher-forced loss and token accuracy on the held-out batches, the same number of forwards on every rank."""
-        if self.eval_batches is None:
+        """Teacher-forced loss and token accuracy on the held-out batches, and scores of decoded texts."""
+        if self.eval_batches is None and self.decoded is None:
             return {}
-        batches = self.eval_batches()
+        batches = self.eval_batches() if self.eval_batches else None
+        metrics = {} if batches is None else self._held_out_loss(batches, metric_key_prefix)
+        if self.decoded is not None:
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.decoded(self).items()}
+        return self.report(metrics, batches, metric_key_prefix)
+
+    def _held_out_loss(self, batches: PackLoader, metric_key_prefix: str) -> dict[str, float]:
+        """The same number of forwards on every rank."""
         sums = torch.zeros(len(batches.source_names), 3, dtype=torch.float64)
         model = self.model_wrapped
         was_training = model.training
@@ -99,5 +114,4 @@ class AudioTrainer(PackedTrainer, Trainer):
             with self.compute_loss_context_manager():
                 self._add(sums, inputs["source_id"], model(**inputs))
         model.train(was_training)
-        metrics = self._per_source(f"{metric_key_prefix}_", batches.source_names, self.sum_over_ranks(sums))
-        return self.report(metrics, batches, metric_key_prefix)
+        return self._per_source(f"{metric_key_prefix}_", batches.source_names, self.sum_over_ranks(sums))

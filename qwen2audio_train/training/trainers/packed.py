@@ -190,9 +190,9 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
         """Trainer's estimate assumes dense rows; the cost model counts what a packed step really does."""
         return 0
 
-    def report(self, metrics: dict[str, float], batches: PackLoader, prefix: str) -> dict[str, float]:
+    def report(self, metrics: dict[str, float], batches: PackLoader | None, prefix: str) -> dict[str, float]:
         """End an evaluation: its figures with the counts of what they are of, logged and shown to the callbacks."""
-        metrics |= self.held_out_counts(batches, prefix)
+        metrics |= {} if batches is None else self.held_out_counts(batches, prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -13,7 +14,10 @@ from typing_extensions import override
 
 from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.config.tracker import TrackerConfig, WandbMode
+from qwen2audio_train.data.audio.decode import load_audio
+from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.errors import UserError
+from qwen2audio_train.layout import SAMPLING_RATE
 
 RUN_ID_FILE = "wandb_run_id"
 DEFAULT_PROJECT = "qwen2audio-train"
@@ -88,6 +92,22 @@ class Wandb(TrainerCallback):
     ) -> None:
         if self.run is not None and logs:
             self.run.log(logs, step=state.global_step)
+
+    @override
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the first decoded answers, with what was heard."""
+        path = Path(self.config.run_dir) / "decoded" / f"step-{state.global_step}" / "texts.jsonl"
+        if self.run is None or not path.is_file():
+            return
+        import wandb
+
+        table = wandb.Table(columns=["source", "reference", "answer", "audio"])
+        for line in path.read_text(encoding="utf-8").splitlines()[: self.config.decoded.shown]:
+            record = json.loads(line)
+            clip = next(iter(record["clips"]), None)
+            audio = None if clip is None else wandb.Audio(load_audio(Clip(**clip)), SAMPLING_RATE)
+            table.add_data(record["source"], record["reference"], record["text"], audio)
+        self.run.log({"decoded/answers": table}, step=state.global_step)
 
     @override
     def on_train_end(

@@ -7,9 +7,11 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from qwen2audio_train.config.tracker import TrackerConfig, WandbMode
 from qwen2audio_train.training.trainers.tracker import Wandb, wandb_mode
@@ -91,3 +93,26 @@ def test_a_start_from_the_beginning_is_another_run(tmp_path: Path) -> None:
     first = tracker._run_id(goes_on=False)
     assert tracker._run_id(goes_on=True) == first
     assert tracker._run_id(goes_on=False) != first
+
+
+def test_decoded_answers_are_shown_with_their_audio(noise: Path, tmp_path: Path) -> None:
+    logged_values: list[Any] = []
+    tracker = Wandb(recipe(noise, tmp_path, "decoded.shown=2"), {}, WandbMode.offline)
+    tracker.run = SimpleNamespace(log=lambda values, step: logged_values.append((values, step)))
+
+    def call() -> None:
+        tracker.on_evaluate(None, TrainerState(global_step=3), TrainerControl())  # type: ignore[arg-type]
+
+    call()
+    assert logged_values == [], "nothing was decoded at this step"
+    clips = [{"path": str(path), "duration_s": None} for path in sorted(noise.rglob("*.wav"))[:3]]
+    lines = [{"source": "dev", "reference": "a", "text": f"b{i}", "clips": [clip]} for i, clip in enumerate(clips)]
+    (tmp_path / "decoded" / "step-3").mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "decoded" / "step-3" / "texts.jsonl").write_text(text)
+    call()
+    ((values, step),) = logged_values
+    assert step == 3
+    rows = values["decoded/answers"].data
+    assert [row[:3] for row in rows] == [["dev", "a", "b0"], ["dev", "a", "b1"]]
+    assert all(type(row[3]).__name__ == "Audio" for row in rows)
