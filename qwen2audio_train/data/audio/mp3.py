@@ -46,13 +46,15 @@ class Frames:
     """The frames of a file.
 
     Attributes:
-        starts: (n + 1,) where every frame begins, and where the last one ends.
+        starts: (n + 1,) where every frame begins, and where the last one ends or would if it were whole.
+        stop: where the bytes end.
         header: the first frame's.
         skipped: samples before the first that counts: the encoder's delay, where the file tells it.
         frames: samples that count.
     """
 
     starts: NDArray[np.int64]
+    stop: int
     header: bytes
     samplerate: int
     channels: int
@@ -91,8 +93,10 @@ class _Shape:
 def find_frames(data: bytes, begin: int = 0) -> Frames:
     """The frames in `data`, which stands at byte `begin` of its file.
 
+    A last one that is not whole counts, as it does for FFmpeg, and its missing bytes are zeros.
+
     Raises:
-        FormatError: none, a last one that is not whole, or fewer than the file's own header counts.
+        FormatError: none, or fewer than the file's own header counts.
     """
     junk = 0 if is_mpeg(data[:4]) else _first_frame(data)
     if junk is None:
@@ -114,7 +118,7 @@ def find_frames(data: bytes, begin: int = 0) -> Frames:
     cut = max(0, padding - DECODER_DELAY) if len(starts) == told else 0
     places = np.array([*starts, end], np.int64) + begin
     counted = max(0, samples - skipped - cut)
-    return Frames(places, header, shape.samplerate, shape.channels, shape.samples, skipped, counted)
+    return Frames(places, begin + len(data), header, shape.samplerate, shape.channels, shape.samples, skipped, counted)
 
 
 def begins_midway(data: bytes) -> bool:
@@ -157,13 +161,7 @@ def _walk(data: bytes, shape: _Shape) -> tuple[list[int], int]:
         place += size
     if not starts:
         raise FormatError("holds no MP3 frames")
-    end = starts[-1] + sizes[data[starts[-1] + 2]]
-    if end > len(data):
-        raise FormatError(
-            f"is cut off: its last MP3 frame has {len(data) - starts[-1]} of {end - starts[-1]} bytes; "
-            "fetch it again, or, if nothing is missing, make it anew: `ffmpeg -i IN OUT.flac`"
-        )
-    return starts, end
+    return starts, starts[-1] + sizes[data[starts[-1] + 2]]
 
 
 def _next_frame(data: bytes, place: int, sizes: list[int], kind: int) -> int:
@@ -233,8 +231,9 @@ class Mp3File:
     def _frames(self, first: int, last: int) -> bytearray:
         """Frames first .. last - 1; those that borrow bytes of frames before `first` are made silent."""
         found = self._found
-        self._file.seek(int(found.starts[first]))
-        data = bytearray(self._file.read(int(found.starts[last] - found.starts[first])))
+        start, stop = int(found.starts[first]), int(found.starts[last])
+        self._file.seek(start)
+        data = bytearray(self._file.read(min(stop, found.stop) - start)).ljust(stop - start, b"\0")
         shape, lent = _Shape(found.header), 0
         for number in range(first, min(last, first + MOST_LENDERS) if shape.layer == 1 else first):
             start, end = (int(place - found.starts[first]) for place in found.starts[number : number + 2])
