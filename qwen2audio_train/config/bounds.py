@@ -5,9 +5,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
+
+SECRET = re.compile(r"\$\{oc\.env:[^}]*(?:\$|KEY|TOKEN|SECRET|PASSW|CREDENTIAL)[^}]*", re.IGNORECASE)
+
+
+def secrets(value: Any, key: str = "") -> Iterator[str]:
+    """What is wrong with values that would copy a secret of the environment into every file that holds the recipe."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from secrets(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from secrets(inner, key)
+    elif isinstance(value, str) and (match := SECRET.search(value)):
+        yield (
+            f"{key}: {match[0]}}} would write a secret into config.yaml and checkpoints; libraries read it from the "
+            "environment themselves"
+        )
 
 
 def at_least(least: float, default: float | None, most: float | None = None) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bounds
+from qwen2audio_train.config.bounds import at_least, misfits, missing, out_of_bounds, secrets
 from qwen2audio_train.config.combinations import refusal
 from qwen2audio_train.config.ctc import CtcConfig, ctc_refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
@@ -247,7 +247,8 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
             value out of its bounds, or a forbidden combination.
     """
     given = raw if isinstance(raw, DictConfig) else OmegaConf.create(dict(raw))
-    _refuse(misfits(OmegaConf.to_container(given, resolve=False), schema))
+    written = OmegaConf.to_container(given, resolve=False)
+    _refuse((*secrets(written), *misfits(written, schema)))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         _refuse(missing(OmegaConf.to_container(merged, resolve=False)))

@@ -18,6 +18,7 @@ from qwen2audio_train.data.audio.ffmpeg import Media, MediaFile, is_media, look_
 from qwen2audio_train.data.audio.mp3 import MOST_JUNK, Frames, Mp3File, begins_midway, find_frames
 from qwen2audio_train.data.audio.raw import FormatError, Patch, mended
 from qwen2audio_train.data.storage.blobs import Place, Span
+from qwen2audio_train.data.storage.paths import shown
 from qwen2audio_train.errors import ExampleError
 
 AudioFile: TypeAlias = soundfile.SoundFile | MediaFile | Mp3File
@@ -41,7 +42,7 @@ class AudioError(ExampleError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
 
 
 @dataclass(frozen=True)

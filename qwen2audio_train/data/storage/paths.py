@@ -14,6 +14,37 @@ from qwen2audio_train.data.storage.blobs import BlobError
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
 
+PROTOCOLS = ("file", "http", "https", "hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "cos", "memory")
+"""What a path may begin with. fsspec knows more, among them some that read one file by what another one says."""
+
+
+def check_url(url: str) -> None:
+    """Look at a URL before it is opened, or said anywhere.
+
+    Raises:
+        BlobError: its protocol is none of `PROTOCOLS`, it chains several, or it holds a password (not repeated).
+    """
+    protocol, _, rest = url.partition("://")
+    if protocol not in PROTOCOLS or "://" in rest.split("?")[0]:
+        raise BlobError(f"{shown(url)}: cannot be fetched; expected one of {', '.join(PROTOCOLS)}, followed by ://")
+    user, at, _ = (place := rest.split("/")[0]).rpartition("@")
+    if at and (protocol in ("http", "https") or ":" in user):  # abfs://container@account holds no secret
+        raise BlobError(
+            f"{protocol}://...@{place.rpartition('@')[2]}: a URL must not hold a user or password, which would be "
+            "written into logs and checkpoints; take s3://, hf:// and the like, whose clients read them from the "
+            "environment"
+        )
+
+
+def shown(url: str) -> str:
+    """A URL as it may be said: without the part after `?`, which may be a signature, and without a password."""
+    protocol, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    place, slash, path = rest.split("?")[0].partition("/")
+    return f"{protocol}://{place.rpartition('@')[2]}{slash}{path}"
+
+
 def expand_paths(patterns: Sequence[str], where: str) -> list[str]:
     """Files and folders that the patterns name, in order: braces ({000..012}, {a,b}) and globs expand.
 
@@ -25,6 +56,8 @@ def expand_paths(patterns: Sequence[str], where: str) -> list[str]:
     """
     files: list[str] = []
     for pattern in (plain for given in patterns for plain in _plain(os.path.expanduser(given))):
+        if "://" in pattern:
+            check_url(pattern)
         if ("://" in pattern and "*" not in pattern) or os.path.exists(pattern):
             files.append(pattern)
             continue

@@ -26,6 +26,7 @@ from typing import IO, TypeVar
 
 from qwen2audio_train.data.storage.blobs import BlobError, Place, container, find_inside, is_inside
 from qwen2audio_train.data.storage.files import locked
+from qwen2audio_train.data.storage.paths import check_url, shown
 
 Result = TypeVar("Result")
 
@@ -128,8 +129,8 @@ class Remote:
                     try:
                         self._fetch(url, place, max_bytes)
                     except RemoteError as error:
-                        _FAILED[str(place)] = (time.monotonic(), f"{url}: {error}")
-                        raise RemoteError(f"{url}: {error}") from error
+                        _FAILED[str(place)] = (time.monotonic(), f"{shown(url)}: {error}")
+                        raise RemoteError(f"{shown(url)}: {error}") from error
         return str(place)
 
     def prefetch(self, url: str) -> Future[str]:
@@ -183,6 +184,7 @@ class Remote:
         self._retried(url, lambda: self._transfer(url, file.tell(), receive))
 
     def _retried(self, url: str, attempt: Callable[[], None]) -> None:
+        check_url(url)
         host = "//" + urllib.parse.urlsplit(url).netloc
         self._refuse_if_failed(host)
         for number in range(self.retries + 1):

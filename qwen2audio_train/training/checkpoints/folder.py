@@ -10,9 +10,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,6 +121,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: damaged, it holds no JSON object")
     return found
+
+
+@contextmanager
+def only_tensors(path: Path) -> Iterator[None]:
+    """For reading with `torch.load(weights_only=True)`. Raises CheckpointError where there is anything but tensors."""
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise CheckpointError(
+            f"{path}: holds something else than what is saved here, and is not read ({reason[0]})"
+        ) from error
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

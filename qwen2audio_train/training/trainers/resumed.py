@@ -42,7 +42,8 @@ class ResumedTrainer(Trainer):
     @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            super()._load_rng_state(str(Path(checkpoint) / "rng"))
+            with folders.only_tensors(Path(checkpoint) / "rng"):
+                super()._load_rng_state(str(Path(checkpoint) / "rng"))
 
     @override
     def _init_training_state(
@@ -84,7 +85,9 @@ class ResumedTrainer(Trainer):
         restore_weights(self.model, saved, trained or [name for name, _ in self.model.named_parameters()])
         state = folder / optimizer_state.FOLDER
         optimizer_state.restore_optimizer(self.model, self._whose_state(), state, saved)
-        restore_schedule(self.lr_scheduler, torch.load(folder / "scheduler.pt", weights_only=True))
+        with folders.only_tensors(folder / "scheduler.pt"):
+            schedule = torch.load(folder / "scheduler.pt", weights_only=True)
+        restore_schedule(self.lr_scheduler, schedule)
 
     def _whose_state(self) -> Any:
         """The optimizer that holds the state: the engine's own, or torch's."""
