@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.tools import ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.errors import UserError
-from qwen2audio_train.export import check_export, export
+from qwen2audio_train.export import check_export, export, heard_whole
 from qwen2audio_train.training.stages.policy import load_for_inference
 
 
@@ -22,7 +24,11 @@ def main(config: ExportConfig) -> None:
     print("".join(f"note: {caveat}\n" for caveat in caveats), end="")
     if config.check_manifest is None:
         return
-    examples = read_manifest(config.check_manifest)[: config.check_examples]
+    known = read_manifest(config.check_manifest)
+    examples = list(islice(heard_whole(known, samples), config.check_examples))
+    if not examples:
+        reason = "every example has a clip over 30 s, of which the stock processor hears the first 30 s alone"
+        raise UserError(f"check_manifest={config.check_manifest}: {reason}; name one with shorter clips")
     different = check_export(folder, model, tokenizer, samples, examples, base=base)
     for name, ours, stock in different:
         print(f"{name}: {ours!r} by our path, {stock!r} by the stock classes")

@@ -20,6 +20,7 @@ from qwen2audio_train.data.tools.stats import IndexOptions
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions
 from qwen2audio_train.evaluation.reporting.compare import CompareOptions
 from qwen2audio_train.evaluation.reporting.write import ReportOptions
+from qwen2audio_train.pairs.hearing import HearingOptions
 from qwen2audio_train.pairs.make import RuleOptions, SamplingOptions
 from qwen2audio_train.parts.fetch import PartsOptions
 from qwen2audio_train.planning.forecast import PlanOptions
@@ -45,6 +46,7 @@ SCHEMAS: dict[str, Any] = {
     "data show": ShowOptions,
     "pairs sample": SamplingOptions,
     "pairs rules": RuleOptions,
+    "pairs hearing": HearingOptions,
     "plan": PlanOptions,
     "parts": PartsOptions,
 }

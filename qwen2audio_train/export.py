@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import nn
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.prompts.render import rendered_text
+from qwen2audio_train.data.samples.maker import is_long, with_duration
 from qwen2audio_train.data.samples.recipe import render_as, save_inputs
 from qwen2audio_train.data.samples.sample import load_clip
+from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts, stop_ids
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.families.family import Family
@@ -62,6 +64,13 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, family: Family = DEFAU
     )
 
 
+def heard_whole(examples: Iterable[Example], recipe: SampleRecipe) -> Iterator[Example]:
+    """Those whose clips the stock processor hears to their end: it hears the first 30 s of a clip, and says nothing."""
+    for example in examples:
+        if not any(is_long(with_duration(clip, recipe).duration_s or 0.0) for clip in clips_of(example)):
+            yield example
+
+
 @torch.no_grad()
 def stock_texts(
     folder: str | Path,
@@ -77,7 +86,12 @@ def stock_texts(
 
     Args:
         base: for an exported adapter, the weights that it goes on.
+
+    Raises:
+        ExampleError: a clip over 30 s, of which the stock processor would hear the first 30 s.
     """
+    if len(list(heard_whole(examples, recipe))) < len(examples):
+        raise ExampleError("the stock processor hears the first 30 s of a clip alone: leave longer ones out")
     processor = AutoProcessor.from_pretrained(folder)
     stock: Any = getattr(transformers, family_of(recipe.family).model_class)
     model: Any = stock.from_pretrained(base or folder)

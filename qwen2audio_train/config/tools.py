@@ -57,7 +57,8 @@ class ExportConfig:
         output_dir: folder that plain transformers (or peft) reads afterwards.
         merge: add an adapter's weights to its base; a server that cannot adapt the audio tower needs it.
         dtype: type of the weights that are written.
-        check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree.
+        check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree; clips over
+            30 s, which the stock processor cuts, are passed over.
         check_examples: how many examples of `check_manifest` are compared.
         num_threads: CPU threads; 0 leaves torch's choice.
     """

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.families.qwen2_audio import num_audio_tokens
 from qwen2audio_train.model.encoder import encode_frames
 from qwen2audio_train.model.packed import PackedAudioLM
@@ -55,9 +56,17 @@ class Recogniser(nn.Module):
 
         Returns:
             () float32; zero for a filler. A transcript longer than its frames can hold counts as zero.
+
+        Raises:
+            UserError: a sample has no clip, several, or one of more than 30 s.
         """
         if len(clip_frames) == 0:
             return 0.0 * sum((p.sum() for p in self.parameters() if p.requires_grad), mel.new_zeros(()))
+        if len(clip_frames) != len(cu_q) - 1:
+            raise UserError(
+                f"data: {len(cu_q) - 1} examples with {len(clip_frames)} encoder windows in a batch; a random tower "
+                "learns from examples of one clip of at most 30 s; set data.long_audio=reject to leave longer ones out"
+            )
         frames = encode_frames(self.audio.model.audio_tower, mel, clip_frames)
         log_probs = self.lm_head(frames).float().log_softmax(-1)
         lengths = [2 * num_audio_tokens(count) for count in clip_frames.tolist()]

@@ -28,7 +28,7 @@ from qwen2audio_train.evaluation.reporting.page import card, cards, html_table, 
 from qwen2audio_train.evaluation.reporting.summary import MetricRecord, RunSummary, Showcase, StageRecord, read_summary
 from qwen2audio_train.evaluation.scoring.normalise import normalise
 from qwen2audio_train.evaluation.scoring.table import NAMES, interval_text, value_text
-from qwen2audio_train.layout import MAX_SAMPLES
+from qwen2audio_train.layout import MAX_SAMPLES, SAMPLING_RATE
 
 STAGE_NAMES = {"pretrain": "pre-training", "sft": "fine-tuning", "dpo": "DPO"}
 """What stages are called where people read it; others keep their names."""
@@ -208,7 +208,8 @@ def _listening(showcase: Sequence[Showcase], stages: Sequence[str]) -> str:
     for entry in showcase:
         clip = Clip(entry.audio, None, entry.start_s, entry.end_s)
         try:
-            mel, frames = log_mel(load_clip(clip, SampleRecipe())[:MAX_SAMPLES])
+            waveform = load_clip(clip, SampleRecipe())
+            mel, frames = log_mel(waveform[:MAX_SAMPLES])
         except AudioError:
             continue
         image = f'<img class="mel" alt="mel spectrogram" src="{spectrogram_png(mel[:, :frames])}">'
@@ -219,7 +220,8 @@ def _listening(showcase: Sequence[Showcase], stages: Sequence[str]) -> str:
                 right = normalise(entry.texts[stage], None) == normalise(entry.reference, None)
                 name = STAGE_NAMES.get(stage, stage)
                 lines.append(_fact(name, "the same" if right else entry.texts[stage], right))
-        title = f"{entry.source}, {frames / 100:.1f} s".replace("_", " ")
+        drawn = ", the first 30 s drawn" if len(waveform) > MAX_SAMPLES else ""
+        title = f"{entry.source}, {len(waveform) / SAMPLING_RATE:.1f} s{drawn}".replace("_", " ")
         contents.append(card(title, f"{image}<dl>{''.join(lines)}</dl>"))
     if not contents:
         return ""

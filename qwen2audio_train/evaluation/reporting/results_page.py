@@ -170,10 +170,13 @@ def _example(source: str, utterance: Utterance) -> str:
 def _players(utterance: Utterance) -> Iterator[str]:
     for clip in utterance.clips:
         try:
-            waveform = load_clip(clip, SampleRecipe())[: round(AUDIO_S * SAMPLING_RATE)]
+            waveform = load_clip(clip, SampleRecipe())
         except (UserError, OSError) as error:
             yield f'<div class="note">{escape(str(error))}</div>'
             continue
+        if len(waveform) > AUDIO_S * SAMPLING_RATE:
+            yield f'<div class="note">the first {AUDIO_S:g} s of {len(waveform) / SAMPLING_RATE:.0f}</div>'
+            waveform = waveform[: round(AUDIO_S * SAMPLING_RATE)]
         file = io.BytesIO()
         soundfile.write(file, waveform, SAMPLING_RATE, format="OGG", subtype="VORBIS")
         data = base64.b64encode(file.getvalue()).decode()
