@@ -6,6 +6,7 @@
     python launch/data.py index   manifests=[train.jsonl] tokenizer=runs/pretrain/checkpoint-1000/model
     python launch/data.py stats   manifests=[train.jsonl] image=lengths.png
     python launch/data.py shard   manifests=[train.jsonl] output=shards shard_mib=512
+    python launch/data.py visualize recipe=pretrain "overrides=['data=mine']"
     python launch/data.py show    manifest=train.jsonl example=utt-0001 image=mel.png
 
 `launch/data.py COMMAND --help` lists the keys of a command; a YAML file may hold any of them, and keys on the command
@@ -21,18 +22,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qwen2audio_train.cli.commands import Commands, run_command
-from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.cli.compose import compose
+from qwen2audio_train.config.schema import ConfigError, StageConfig
 from qwen2audio_train.data.tools.chat import ChatOptions, write_chats
 from qwen2audio_train.data.tools.check import CheckOptions, check, summary
 from qwen2audio_train.data.tools.convert import ConvertOptions, convert
+from qwen2audio_train.data.tools.mixture_tree import mixture_tree, tree_text
 from qwen2audio_train.data.tools.shards import ShardOptions, write_shards
 from qwen2audio_train.data.tools.show import ShowOptions, show
 from qwen2audio_train.data.tools.stats import (
     IndexOptions,
+    VisualizeOptions,
     draw_histogram,
     histogram_table,
     index_sizes,
     index_sources,
+    indexes_of,
     stats_of,
     stats_table,
 )
@@ -83,6 +88,17 @@ def run_stats(options: IndexOptions) -> int:
     return 0
 
 
+def run_visualize(options: VisualizeOptions) -> int:
+    config = compose(options.recipe, options.overrides, StageConfig)
+    if streams := [name for name, source in config.data.sources.items() if source.streaming]:
+        raise ConfigError(f"data.sources.{streams[0]}.streaming: a stream has no index that tells its size")
+    if not config.data.sources:
+        raise ConfigError("data.sources is empty: choose the data of the recipe, overrides=['data=...']")
+    indexes = indexes_of(config.data, options.tokenizer, config.model.family, where="data.sources")
+    print(tree_text(mixture_tree(config.data, indexes)))
+    return 0
+
+
 def run_shard(options: ShardOptions) -> int:
     result = write_shards(options)
     for bad in result.bad[:20]:
@@ -112,6 +128,7 @@ COMMANDS: Commands = {
     "index": (IndexOptions, run_index),
     "stats": (IndexOptions, run_stats),
     "shard": (ShardOptions, run_shard),
+    "visualize": (VisualizeOptions, run_visualize),
     "show": (ShowOptions, run_show),
 }
 

@@ -16,7 +16,7 @@ from qwen2audio_train.data.tools.check import CheckOptions
 from qwen2audio_train.data.tools.convert import ConvertOptions
 from qwen2audio_train.data.tools.shards import ShardOptions
 from qwen2audio_train.data.tools.show import ShowOptions
-from qwen2audio_train.data.tools.stats import IndexOptions
+from qwen2audio_train.data.tools.stats import IndexOptions, VisualizeOptions
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions
 from qwen2audio_train.evaluation.reporting.compare import CompareOptions
 from qwen2audio_train.evaluation.reporting.write import ReportOptions
@@ -43,6 +43,7 @@ SCHEMAS: dict[str, Any] = {
     "data check": CheckOptions,
     "data index, data stats": IndexOptions,
     "data shard": ShardOptions,
+    "data visualize": VisualizeOptions,
     "data show": ShowOptions,
     "pairs sample": SamplingOptions,
     "pairs rules": RuleOptions,

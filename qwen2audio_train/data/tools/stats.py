@@ -62,6 +62,21 @@ class IndexOptions:
     image: str | None = None
 
 
+@dataclass
+class VisualizeOptions:
+    """The keys of `launch/data.py visualize`.
+
+    Attributes:
+        recipe: root of the stage whose mixture is shown.
+        overrides: keys of that stage, as on its command line: `['data=mine']`.
+        tokenizer: folder or hub id, the one that training uses; without it the text is left out.
+    """
+
+    recipe: str = "pretrain"
+    overrides: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+
+
 @dataclass(frozen=True)
 class SourceStats:
     """Figures of one source; `histogram` counts the examples whose audio lasts BINS_S[i] .. BINS_S[i + 1] seconds."""
@@ -84,28 +99,32 @@ def index_sources(options: IndexOptions) -> dict[str, Index]:
         ConfigError: no sources, or one without an example.
         FileNotFoundError: a source's files do not exist.
     """
-    named = named_sources(options.manifests, options.sources)
     data = DataConfig(
-        sources=named,
+        sources=named_sources(options.manifests, options.sources),
         prompt_style=options.prompt_style,
         prompt_seed=options.prompt_seed,
         timestamps=options.timestamps,
         labelled_turns=options.labelled_turns,
         long_audio=options.long_audio,
         cache_dir=options.cache_dir,
+        num_workers=options.num_workers,
     )
-    measure: Measure = partial(measure_audio, recipe=recipe_of(data, NUM_MEL_BINS, options.family))
-    key = "audio" if options.family == DEFAULT.name else f"audio {options.family}"
-    if options.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        maker = maker_of(data, tokenizer, NUM_MEL_BINS, family=options.family)
+    return indexes_of(data, options.tokenizer, options.family, where="sources")
+
+
+def indexes_of(data: DataConfig, tokenizer: str | None, family: str, where: str) -> dict[str, Index]:
+    """The same of the sources of a recipe, whose key is `where`; without a tokenizer they know of the audio alone."""
+    measure: Measure = partial(measure_audio, recipe=recipe_of(data, NUM_MEL_BINS, family))
+    key = "audio" if family == DEFAULT.name else f"audio {family}"
+    if tokenizer is not None:
+        maker = maker_of(data, AutoTokenizer.from_pretrained(tokenizer), NUM_MEL_BINS, family=family)
         measure, key = maker.measure, maker.measure_key
     indexes = {}
-    for name, source in named.items():
-        manifests = find_manifests(name, source, remote_of(data), options.num_workers, where=f"sources.{name}")
-        indexes[name] = open_index(manifests, measure, key, options.cache_dir, options.num_workers)
+    for name, source in data.sources.items():
+        manifests = find_manifests(name, source, remote_of(data), data.num_workers, where=f"{where}.{name}")
+        indexes[name] = open_index(manifests, measure, key, data.cache_dir, data.num_workers)
         if not len(indexes[name]):
-            raise ConfigError(f"sources.{name}: no usable example: {why_empty(indexes[name])}")
+            raise ConfigError(f"{where}.{name}: no usable example: {why_empty(indexes[name])}")
     return indexes
 
 
