@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +255,21 @@ def test_gradients_of_many_forwards_are_summed_in_float32_unless_said_otherwise(
     assert types(16, "trainer.bf16=true") == {"grad_accum_dtype": "fp32"}
     given = "deepspeed.extra.data_types.grad_accum_dtype=bf16"
     assert types(16, "trainer.bf16=true", given) == {"grad_accum_dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None"),
+    ],
+)
+def test_the_allocator_of_a_gpu_is_set_up_unless_the_environment_does(given: dict[str, str], expected: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    code = "import os, qwen2audio_train; print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
 
 
 def test_the_page_shows_the_table() -> None:

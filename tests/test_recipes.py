@@ -25,12 +25,12 @@ GROUPS = sorted(path.name for path in RECIPES.iterdir() if path.is_dir())
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((RECIPES / group).glob("*.yaml"))]
 
 COMPANIONS = {
-    "model=assembled": ["deepspeed=zero2"],
-    "model=assembled_qwen2_5_7b": ["deepspeed=zero2"],
-    "model=qwen2_audio_7b": ["deepspeed=zero2"],
-    "model=qwen2_audio_7b_instruct": ["deepspeed=zero2"],
-    "model=qwen2_audio": ["deepspeed=zero2"],
-    "model=qwen_audio": ["deepspeed=zero2"],
+    "model=assembled": ["deepspeed=zero2", "trainer.bf16=true"],
+    "model=assembled_qwen2_5_7b": ["deepspeed=zero2", "trainer.bf16=true"],
+    "model=qwen2_audio_7b": ["deepspeed=zero2", "trainer.bf16=true"],
+    "model=qwen2_audio_7b_instruct": ["deepspeed=zero2", "trainer.bf16=true"],
+    "model=qwen2_audio": ["deepspeed=zero2", "trainer.bf16=true"],
+    "model=qwen_audio": ["deepspeed=zero2", "trainer.bf16=true"],
     "deepspeed=zero2_offload": ["trainer.optim=adamw_torch"],
     "deepspeed=zero3_offload": ["trainer.optim=adamw_torch"],
 }
@@ -155,7 +155,7 @@ def test_the_plan_follows_the_number_of_ranks(
 
 
 def test_released_models_have_their_published_size(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = plan_of(composed("sft", "model=qwen2_audio_7b_instruct", "deepspeed=zero2"), capsys)
+    plan = plan_of(composed("sft", "model=qwen2_audio_7b_instruct", "trainer=sft_7b", "deepspeed=zero2"), capsys)
     sizes = {part: int(counts_of(plan, part)[0].replace(",", "")) / 1e6 for part in PARTS}
     assert round(sizes["audio_tower"], 1) == 637.0
     assert round(sizes["multi_modal_projector"], 1) == 5.2

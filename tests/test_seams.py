@@ -27,6 +27,7 @@ from qwen2audio_train.training.trainers.preference import PreferenceTrainer
 OVERRIDDEN: dict[type, dict[str, str]] = {
     Trainer: {
         "create_optimizer": "model",
+        "create_scheduler": "num_training_steps optimizer",
         "get_train_dataloader": "",
         "_prepare_input": "data",
         "get_batch_samples": "epoch_iterator num_batches device",

@@ -14,6 +14,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from qwen2audio_train.config.tracker import TrackerConfig, WandbMode
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.training.trainers.tracker import Wandb, wandb_mode
 from tests.runs import logged, recipe, train
 
@@ -86,6 +87,19 @@ def test_a_resumed_run_goes_on_in_the_same_run(noise: Path, tmp_path: Path, monk
     assert len(losses) == 4
     assert again == losses[2:]
     assert losses == [loss for (loss,) in logged(config, "loss")]
+
+
+def test_a_tracker_that_cannot_be_reached_says_what_to_do(
+    noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**options: Any) -> None:
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"tracker\.wandb=online: .*no route to host.*WANDB_MODE=offline"):
+        train(recipe(noise, tmp_path, "tracker.wandb=online"))
 
 
 def test_a_start_from_the_beginning_is_another_run(tmp_path: Path) -> None:
