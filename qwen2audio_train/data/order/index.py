@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifests.cache import Manifest
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.quarantine import BadExample, costing_one_example, count_reasons
@@ -42,7 +42,7 @@ RECORD = np.dtype(
 )
 """Bytes [offset, offset + length) of manifest number `file`, seconds of audio, tokens, number of the task."""
 
-VERSION = 3
+VERSION = 4
 """Of the files; another one is built again."""
 
 COUNTS_VERSION = 2
@@ -167,13 +167,22 @@ def open_index(
     content = text_hash(*(remembered(file.path, cache_dir, "content", content_hash) for file in files))
     fingerprint = text_hash(str(COUNTS_VERSION), measure_key, content)
     folder = Path(cache_dir) / "index" / f"{fingerprint}-{VERSION}"
+    places = text_hash(*(os.path.abspath(file.place) if "://" not in file.place else file.place for file in files))
+    head = _opened(folder, files, measure, num_workers, places)
+    if head.get("places") not in (None, places):
+        folder = folder.with_name(f"{folder.name}-{places}")
+        head = _opened(folder, files, measure, num_workers, places)
+    return Index(folder, tuple(files), head["task_counts"], tuple(head["file_counts"]), content, fingerprint)
+
+
+def _opened(folder: Path, files: Sequence[Manifest], measure: Measure, num_workers: int, places: str) -> dict[str, Any]:
+    """What an index says of itself, which is built if it is not there."""
     if not (folder / "index.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
             if not (folder / "index.json").exists():
-                _build(folder, files, measure, num_workers)
-    head = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    return Index(folder, tuple(files), head["task_counts"], tuple(head["file_counts"]), content, fingerprint)
+                _build(folder, files, measure, num_workers, places)
+    return dict(json.loads((folder / "index.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ class _Part:
     first_line: int
 
 
-def _build(folder: Path, files: Sequence[Manifest], measure: Measure, num_workers: int) -> None:
+def _build(folder: Path, files: Sequence[Manifest], measure: Measure, num_workers: int, places: str) -> None:
     parts = [part for number, file in enumerate(files) for part in _parts(file, number)]
     jobs = [(part, folder / f"part-{number:06d}.json") for number, part in enumerate(parts)]
     todo = [job for job in jobs if not job[1].exists()]
@@ -202,7 +211,7 @@ def _build(folder: Path, files: Sequence[Manifest], measure: Measure, num_worker
             for job in todo:
                 build_part(job)
                 bar.update()
-    _join_parts(folder, [path for _, path in jobs], parts, len(files))
+    _join_parts(folder, [path for _, path in jobs], parts, len(files), places)
 
 
 def _parts(manifest: Manifest, number: int) -> Iterator[_Part]:
@@ -230,15 +239,18 @@ def _build_part(measure: Measure, job: tuple[_Part, Path]) -> None:
     rows: list[tuple[float, ...]] = []
     tasks: dict[str, int] = {}
     bad: list[BadExample] = []
+    opened_audio = False
     for line, (offset, raw) in enumerate(_lines(part), start=part.first_line):
         if not raw.strip():
             continue
         with costing_one_example(bad, f"{part.file.place}:{line}", line=line):
-            m = measure(part.file.example(raw, line))
+            example = part.file.example(raw, line)
+            opened_audio |= any(clip.duration_s is None for clip in clips_of(example))
+            m = measure(example)
             task = tasks.setdefault(m.task, len(tasks))
             rows.append((offset, len(raw), m.duration_s, m.audio_tokens, m.text_tokens, part.number, task))
     np.array(rows, RECORD).tofile(path.with_suffix(".bin"))
-    head = {"tasks": list(tasks), "bad": [asdict(b) for b in bad]}
+    head = {"tasks": list(tasks), "opened_audio": opened_audio, "bad": [asdict(b) for b in bad]}
     partial_path = path.with_suffix(".partial")
     partial_path.write_text(json.dumps(head), encoding="utf-8")
     os.replace(partial_path, path)
@@ -255,8 +267,13 @@ def _lines(part: _Part) -> Iterator[tuple[int, bytes]]:
             offset += len(raw)
 
 
-def _join_parts(folder: Path, paths: list[Path], parts: list[_Part], num_files: int) -> None:
-    """One file out of the parts, with one list of tasks."""
+def _join_parts(folder: Path, paths: list[Path], parts: list[_Part], num_files: int, places: str) -> None:
+    """One file out of the parts, with one list of tasks.
+
+    Where lengths were read from audio, or there are bad lines, the index holds for manifests at these places alone: the
+    same lines elsewhere may speak of other files.
+    """
+    is_bound = False
     tasks: dict[str, int] = {}
     counts: dict[str, int] = {}
     file_counts = [0] * num_files
@@ -269,9 +286,10 @@ def _join_parts(folder: Path, paths: list[Path], parts: list[_Part], num_files: 
                 counts[task] = counts.get(task, 0) + count
             rows["task"] = numbers[rows["task"]]
             file_counts[part.number] += len(rows)
+            is_bound |= head["opened_audio"] or bool(head["bad"])
             out.write(rows.tobytes())
             bad_file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in head["bad"])
-    head = {"task_counts": counts, "file_counts": file_counts}
+    head = {"task_counts": counts, "file_counts": file_counts, "places": places if is_bound else None}
     partial_path = folder / "index.partial"
     partial_path.write_text(json.dumps(head), encoding="utf-8")
     os.replace(partial_path, folder / "index.json")

@@ -26,6 +26,8 @@ CELL = re.compile(r"(?P<file>.+?\.arrow)::(?P<row>\d+)/(?P<column>.+)", re.DOTAL
 
 BLOCK = 512
 LONGEST_NAME = 2**16
+LONGEST_PLAIN_NAME = 100
+"""Bytes that a header holds by itself."""
 
 
 class BlobError(ExampleError):
@@ -140,8 +142,8 @@ def container(path: str) -> str:
 
 def read_inside(path: str, max_bytes: int, local: str | None = None) -> bytes:
     """The bytes of a file inside of a local file (`local`: where the outer one really lies). Raises BlobError."""
-    found = find_inside(path, max_bytes, local)
     try:
+        found = find_inside(path, max_bytes, local)
         return found if isinstance(found, bytes) else found.read(max_bytes)
     except OSError as error:
         raise BlobError(f"the tar file cannot be read ({error.strerror})") from error
@@ -153,8 +155,34 @@ def find_inside(path: str, max_bytes: int, local: str | None = None) -> bytes | 
     if match := CELL.fullmatch(path):
         return _read_cell(outer, int(match["row"]), match["column"], max_bytes)
     if match := PLACED.fullmatch(path):
-        return Place(outer, int(match["offset"]), int(match["size"]))
+        place = Place(outer, int(match["offset"]), int(match["size"]))
+        _check_member(place, match["member"])
+        return place
     return Place(outer, *_find(outer, path.partition(".tar::")[2]))
+
+
+def _check_member(place: Place, member: str) -> None:
+    """Refuse a place that another member has by now: of clips of one size it would be heard under the wrong name.
+
+    Raises:
+        BlobError: the header in front of the place is that of another member, or none.
+        OSError: the tar cannot be opened.
+    """
+    if len(member) > LONGEST_PLAIN_NAME or not member.isascii():
+        return  # it stands elsewhere in the archive
+    fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait
+    try:
+        header = os.pread(fd, BLOCK, place.offset - BLOCK) if place.offset >= BLOCK else bytes(BLOCK)
+    finally:
+        os.close(fd)
+    if len(header) < BLOCK:
+        return  # it is cut off, which is told where it is read
+    size = header[124:136].strip(b" \0")
+    if _name(header) != member.encode() or (size.isdigit() and int(size, 8) != place.size):
+        raise BlobError(
+            "the tar file has no such member at this place: it was written again since the manifest was; make the "
+            "manifest anew (of one in data.cache_dir/manifests, touch what it was made of)"
+        )
 
 
 def list_members(file: IO[bytes]) -> Iterator[TarMember]:

@@ -124,7 +124,7 @@ class Remote:
         self._refuse_if_failed(str(place))
         if not self._touch(place):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with locked(place.with_name(f"{place.name}.lock")):
+            with locked(_lock_of(place)):
                 if not self._touch(place):
                     try:
                         self._fetch(url, place, max_bytes)
@@ -142,11 +142,10 @@ class Remote:
         return Path(self.cache_dir) / "shards" / f"{name}-{Path(url.split('?')[0]).name[-80:]}"
 
     def _touch(self, place: Path) -> bool:
-        """Note that a copy is used; its time of change stays, which the keys of other caches hold."""
-        try:
-            os.utime(place, ns=(time.time_ns(), place.stat().st_mtime_ns))
-        except FileNotFoundError:
+        """Note that a copy is used, if it is there. Its own times stay, which the keys of other caches hold."""
+        if not place.exists():
             return False
+        _lock_of(place).touch()
         return True
 
     def _fetch(self, url: str, place: Path, max_bytes: int | None) -> None:
@@ -161,13 +160,13 @@ class Remote:
         for path in folder.iterdir():
             if path.suffix not in (".lock", ".part"):
                 with suppress(FileNotFoundError):  # another process makes room as well
-                    files.append((path, path.stat()))
-        excess = size + sum(status.st_size for _, status in files) - self.max_gib * 2**30
-        for path, status in sorted(files, key=lambda file: file[1].st_atime):
+                    files.append((_lock_of(path).stat().st_mtime_ns, path, path.stat().st_size))
+        excess = size + sum(size for *_, size in files) - self.max_gib * 2**30
+        for _, path, freed in sorted(files):
             if excess <= 0:
                 break
             path.unlink(missing_ok=True)
-            excess -= status.st_size
+            excess -= freed
 
     def _refuse_if_failed(self, what: str) -> None:
         """Raise what was raised for it a short while ago: else each example of it would wait for all the retries."""
@@ -222,7 +221,7 @@ class Remote:
                 raise RemoteError(f"cannot be fetched ({error})") from error
             with opened as remote:
                 remote.seek(start)
-                yield remote, None
+                yield remote, getattr(remote, "size", None)
             return
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
@@ -230,6 +229,11 @@ class Remote:
             resumed = start if response.status == http.client.PARTIAL_CONTENT else 0
             response.read(start - resumed)  # a server that does not resume sends what is already here once more
             yield response, None if length is None else resumed + int(length)
+
+
+def _lock_of(place: Path) -> Path:
+    """The file that is locked while a copy is made, and touched when it is used."""
+    return place.with_name(f"{place.name}.lock")
 
 
 def _is_final(error: Exception) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from qwen2audio_train.config.data import SourceConfig
+from qwen2audio_train.config.data import SampleRecipe, SourceConfig
+from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifests import cache
-from qwen2audio_train.data.manifests.cache import find_manifests
+from qwen2audio_train.data.manifests.cache import Manifest, find_manifests
 from qwen2audio_train.data.order import index
-from qwen2audio_train.data.order.index import Measured, open_index
+from qwen2audio_train.data.order.index import Index, Measured, open_index
+from qwen2audio_train.data.samples.maker import with_duration
 from qwen2audio_train.data.storage import files
 from qwen2audio_train.data.storage.files import content_hash, remembered
 from qwen2audio_train.data.storage.remote import Remote
@@ -55,6 +59,30 @@ def test_what_was_changed_just_now_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("one")
     assert remembered(str(tmp_path / "a"), tmp_path / "c", "w", content_hash) == content_hash(str(tmp_path / "a"))
     assert not (tmp_path / "c").exists()
+
+
+def test_an_index_of_lengths_that_were_heard_holds_where_they_were(tmp_path: Path) -> None:
+    """The same lines beside other audio are another corpus; with lengths of their own they are the same one."""
+
+    def indexed(folder: str, line: dict[str, object]) -> Index:
+        path = tmp_path / folder / "m.jsonl"
+        path.write_text(json.dumps({"id": "u", "audio": "a/0.wav", "task": "asr", "target": "x"} | line) + "\n")
+        measure = partial(_length, SampleRecipe())
+        return open_index([Manifest(str(path), str(path))], measure, "key", tmp_path / "cache")
+
+    for folder, seconds in (("one", 0.2), ("two", 0.3)):
+        write_corpus(tmp_path / folder, "a", [seconds])
+    heard = [indexed("one", {}), indexed("two", {}), indexed("one", {})]
+    assert [round(float(found.records["duration_s"][0]), 4) for found in heard] == [0.2, 0.3, 0.2]
+    assert heard[0].folder == heard[2].folder
+    told = [indexed(folder, {"duration_s": 0.25}) for folder in ("one", "two")]
+    assert told[0].folder == told[1].folder
+    bad = [indexed(folder, {"task": "none"}).bad()[0].example for folder in ("one", "two")]
+    assert bad == [f"{tmp_path}/{folder}/m.jsonl:1" for folder in ("one", "two")]
+
+
+def _length(recipe: SampleRecipe, example: Example) -> Measured:
+    return Measured(sum(with_duration(clip, recipe).duration_s or 0 for clip in clips_of(example)), 25, 5, "asr")
 
 
 @pytest.mark.usefixtures("settled")
