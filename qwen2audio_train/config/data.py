@@ -201,6 +201,8 @@ class DataConfig:
         prompt_style: `natural`: a question in words, drawn from the task's pool; `hierarchical_tags`: the tags of
             Qwen-Audio.
         prompt_seed: of the choice among the prompts of a pool.
+        prompt_per_pass: choose the prompt of a task example anew in every pass over its source. Packs are planned with
+            the longest prompt that it may get.
         timestamps: times in answers as `text` (`<0.32>`), or as `tokens` of their own (`<|0.32|>`, up to 30 s).
         prompts_per_task: only the first so many prompts of every pool; unset = all.
         loss_weighting: what counts the same in the loss: every labelled `token`, every `sample`, or every `task`.
@@ -237,6 +239,7 @@ class DataConfig:
     max_tokens_per_example: int | None = at_least(1, None)
     prompt_style: PromptStyle = PromptStyle.natural
     prompt_seed: int = at_least(0, 0, MAX_SEED)
+    prompt_per_pass: bool = False
     timestamps: Timestamps = Timestamps.text
     prompts_per_task: int | None = at_least(1, None)
     loss_weighting: LossWeighting = LossWeighting.token

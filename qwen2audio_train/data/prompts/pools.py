@@ -84,18 +84,22 @@ def metric_names() -> dict[str, str]:
 
 
 def choose_prompt(example: Any, style: PromptStyle, seed: int, most: int | None = None) -> PromptTemplate:
-    """The template for a TaskExample: a pure function of (seed, id), out of the first `most` that fit, or of all.
+    """The template for a TaskExample: a pure function of (seed, id), out of those that fit."""
+    fitting = fitting_prompts(example, style, most)
+    digest = hashlib.blake2b(f"{seed}/{example.id}".encode(), digest_size=8).digest()
+    return fitting[int.from_bytes(digest, "big") % len(fitting)]
+
+
+def fitting_prompts(example: Any, style: PromptStyle, most: int | None = None) -> list[PromptTemplate]:
+    """The templates for a TaskExample: the first `most` that fit, or all; of tags there is one.
 
     A template fits when the example has every field that it names. `text_language` defaults to `language` for ASR-like
     tasks and to English otherwise, so it is always there unless the task needs it said.
     """
     if style == PromptStyle.hierarchical_tags:
-        return _tag_template(example)
+        return [_tag_template(example)]
     available = prompt_fields(example)
-    fitting = [template for template in _pools()[example.task].prompts if template.fields <= available.keys()]
-    fitting = fitting[:most]
-    digest = hashlib.blake2b(f"{seed}/{example.id}".encode(), digest_size=8).digest()
-    return fitting[int.from_bytes(digest, "big") % len(fitting)]
+    return [template for template in _pools()[example.task].prompts if template.fields <= available.keys()][:most]
 
 
 def prompt_fields(example: Any) -> dict[str, str]:

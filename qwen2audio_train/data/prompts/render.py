@@ -30,7 +30,7 @@ from qwen2audio_train.data.examples import (
     mark_in,
     task_of,
 )
-from qwen2audio_train.data.prompts.pools import choose_prompt, prompt_fields
+from qwen2audio_train.data.prompts.pools import PromptTemplate, choose_prompt, prompt_fields
 from qwen2audio_train.data.prompts.timestamps import LAST_TOKEN_S, timestamp_token
 from qwen2audio_train.errors import ExampleError
 from qwen2audio_train.families.family import Family
@@ -77,8 +77,12 @@ def render(
     timestamps: Timestamps = Timestamps.text,
     for_generation: bool = False,
     family: Family = DEFAULT,
+    template: PromptTemplate | None = None,
 ) -> Rendered:
     """Lay out one example as its family's models read it.
+
+    Args:
+        template: prompt of a task example, instead of the one that style, seed and pool choose.
 
     With `for_generation` only the prompt: the task form with the first prompt of its pool (and the answer's known
     prefix), a chat without its last assistant message and with the generation prompt, a preference without answers.
@@ -88,8 +92,9 @@ def render(
             such as `<audio>` or `<|im_end|>`, for what is not there or comes from here. Manifest lines are refused for
             it where they are read; this is for examples that were never a line.
     """
-    most = 1 if for_generation else prompts_per_task
-    rendered = _laid_out(example, prompt_style, seed, most, labelled_turns, timestamps, for_generation, family)
+    if template is None and isinstance(example, TaskExample):
+        template = choose_prompt(example, prompt_style, seed, 1 if for_generation else prompts_per_task)
+    rendered = _laid_out(example, template, labelled_turns, timestamps, for_generation, family)
     for piece in (*rendered.trunk, *(piece for branch in rendered.branches for piece in branch)):
         if isinstance(piece, Text) and not piece.is_markup and (mark := mark_in(piece.text)):
             raise ExampleError(f'example "{example.id}": expected {NO_MARK}; found {mark!r} in {piece.text[:60]!r}')
@@ -98,17 +103,16 @@ def render(
 
 def _laid_out(
     example: Example,
-    prompt_style: PromptStyle,
-    seed: int,
-    most: int | None,
+    template: PromptTemplate | None,
     labelled_turns: LabelledTurns,
     timestamps: Timestamps,
     for_generation: bool,
     family: Family,
 ) -> Rendered:
     if isinstance(example, TaskExample):
+        assert template is not None
         answer = () if for_generation else (*_task_answer(example, timestamps), Text(family.text_end, True, True))
-        trunk = _task_question(example, prompt_style, seed, most, for_generation, family) + answer
+        trunk = _task_question(example, template, for_generation, family) + answer
         transcript = example.target if example.task == "asr" else ""
         return Rendered(example.id, example.source, example.task, trunk, (), transcript, family)
     if isinstance(example, PreferenceExample | UnpairedExample):
@@ -135,9 +139,8 @@ def _generation_prompt(family: Family) -> Text:
 
 
 def _task_question(
-    example: TaskExample, style: PromptStyle, seed: int, most: int | None, for_generation: bool, family: Family
+    example: TaskExample, template: PromptTemplate, for_generation: bool, family: Family
 ) -> tuple[Piece, ...]:
-    template = choose_prompt(example, style, seed, most)
     fields = prompt_fields(example)
     prompt = _filled(template.prompt, fields, is_label=False)
     prefix = _filled(template.answer_prefix, fields, is_label=not for_generation)

@@ -12,11 +12,13 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.config.data import DataConfig, LongAudio, SampleRecipe, Timestamps
+from qwen2audio_train.config.data import MAX_SEED, DataConfig, LongAudio, SampleRecipe, Timestamps
 from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
 from qwen2audio_train.data.audio.length import clip_length
-from qwen2audio_train.data.examples import Clip, Example, TaskExample
+from qwen2audio_train.data.examples import Clip, Example, TaskExample, with_clips
 from qwen2audio_train.data.order.index import Measured
+from qwen2audio_train.data.order.permutation import hash_key
+from qwen2audio_train.data.prompts.pools import fitting_prompts
 from qwen2audio_train.data.prompts.tokenize import count_tokens
 from qwen2audio_train.data.samples.collate import LoadedBatch, pack, pack_preference, unpacked
 from qwen2audio_train.data.samples.collate_kto import Answers, pack_unpaired
@@ -39,6 +41,7 @@ class Maker:
         task_weights: factor on the weight of a sample by its task.
         for_generation: make prompts that are to be answered, each with its example, instead of what is learnt.
         answers: how those of preference examples are laid out.
+        prompt_per_pass: choose the prompt of a task example anew in every pass over its source.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,6 +51,7 @@ class Maker:
     augmenter: Augmenter | None = None
     for_generation: bool = False
     answers: Answers = Answers.paired
+    prompt_per_pass: bool = False
 
     @property
     def measure_key(self) -> str:
@@ -57,11 +61,19 @@ class Maker:
         what = ["prompts"] if self.for_generation else []
         what += [self.recipe.timestamps.value] if self.recipe.timestamps is not Timestamps.text else []
         what += [self.recipe.family] if self.recipe.family != DEFAULT.name else []  # indexes named none before
+        what += ["prompt_per_pass"] if self.prompt_per_pass else []
         return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS), *what])
 
     def measure(self, example: Example, contents: Sequence[bytes | None] | None = None) -> Measured:
         """See `measure`."""
-        return measure(example, self.tokenizer, self.recipe, contents=contents, for_generation=self.for_generation)
+        return measure(
+            example,
+            self.tokenizer,
+            self.recipe,
+            contents=contents,
+            for_generation=self.for_generation,
+            longest_prompt=self.prompt_per_pass,
+        )
 
     def make(
         self, example: Example, source: int, number: int, contents: Sequence[bytes | None] | None = None
@@ -72,7 +84,7 @@ class Maker:
         sample = materialise(
             example,
             self.tokenizer,
-            self.recipe,
+            self._recipe_of_pass(number),
             source_id=source,
             weight=self.task_weights.get(task, 1.0),
             audio_bytes=contents,
@@ -89,6 +101,13 @@ class Maker:
             )
         return sample
 
+    def _recipe_of_pass(self, number: int) -> SampleRecipe:
+        """The recipe, with a seed of the prompts for this pass where each has its own; the first has the recipe's."""
+        if not self.prompt_per_pass or number == 0:
+            return self.recipe
+        seed = hash_key(self.recipe.prompt_seed, "prompt", number) % (MAX_SEED + 1)
+        return dataclasses.replace(self.recipe, prompt_seed=seed)
+
 
 def measure(
     example: Example,
@@ -97,12 +116,14 @@ def measure(
     *,
     contents: Sequence[bytes | None] | None = None,
     for_generation: bool = False,
+    longest_prompt: bool = False,
 ) -> Measured:
     """Tokens and seconds of an example, without decoding; a missing duration is read from the file's header.
 
     Args:
         contents: bytes of the clips' files, where they are at hand.
         for_generation: of the prompt alone.
+        longest_prompt: of a task example, with the longest of the prompts that it may get.
 
     Raises:
         ExampleError: nothing to learn from it, or a clip over 30 s where those are rejected.
@@ -119,7 +140,12 @@ def measure(
         raise ExampleError(
             f'example "{example.id}": {max(durations):.2f} s of audio, and data.long_audio rejects over 30 s'
         )
-    count = count_tokens(rendered, tokenizer)
+    counts = [count_tokens(rendered, tokenizer)]
+    if longest_prompt and isinstance(example, TaskExample) and not for_generation:
+        timed = with_clips(example, rendered.clips)
+        for template in fitting_prompts(example, recipe.prompt_style, recipe.prompts_per_task):
+            counts.append(count_tokens(render_as(recipe, timed, template=template), tokenizer))
+    count = max(counts, key=lambda found: found.total)
     return Measured(sum(durations), count.audio, count.total - count.audio, rendered.task)
 
 
@@ -153,7 +179,14 @@ def maker_of(
     slowest = min(1.0, *data.augment.speed_factors) if data.augment.speed else 1.0
     recipe = recipe_of(data, num_mel_bins, family)
     longest = math.ceil(limit / slowest)
-    return Maker(tokenizer, recipe, longest, augmenter=augmenter, for_generation=for_generation)
+    return Maker(
+        tokenizer,
+        recipe,
+        longest,
+        augmenter=augmenter,
+        for_generation=for_generation,
+        prompt_per_pass=data.prompt_per_pass,
+    )
 
 
 def collator_of(data: DataConfig, maker: Maker, is_preference: bool) -> Callable[[Sequence[Sample]], LoadedBatch]:

@@ -16,6 +16,7 @@ from qwen2audio_train.config.data import DataConfig, SampleRecipe
 from qwen2audio_train.config.schema import ConfigError, load_config
 from qwen2audio_train.data.audio.files import AudioLimits
 from qwen2audio_train.data.examples import Example
+from qwen2audio_train.data.prompts.pools import PromptTemplate
 from qwen2audio_train.data.prompts.render import Rendered, render
 from qwen2audio_train.data.prompts.tokenizer import save_processor
 from qwen2audio_train.data.storage.remote import Remote
@@ -46,7 +47,9 @@ def limits_of(keys: DataConfig | SampleRecipe) -> AudioLimits:
     return AudioLimits(timeout_s=keys.decode_timeout_s)
 
 
-def render_as(recipe: SampleRecipe, example: Example, *, for_generation: bool = False) -> Rendered:
+def render_as(
+    recipe: SampleRecipe, example: Example, *, for_generation: bool = False, template: PromptTemplate | None = None
+) -> Rendered:
     """`render` in the recipe's style."""
     return render(
         example,
@@ -57,6 +60,7 @@ def render_as(recipe: SampleRecipe, example: Example, *, for_generation: bool = 
         timestamps=recipe.timestamps,
         for_generation=for_generation,
         family=family_of(recipe.family),
+        template=template,
     )
 
 
