@@ -12,7 +12,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.config.data import MAX_SEED, DataConfig, LongAudio, SampleRecipe, Timestamps
+from qwen2audio_train.config.data import MAX_SEED, DataConfig, LongAudio, SampleRecipe
 from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
 from qwen2audio_train.data.audio.length import clip_length
 from qwen2audio_train.data.examples import Clip, Example, TaskExample, with_clips
@@ -30,6 +30,9 @@ from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
 MEASURED_KEYS = ("prompt_style", "prompt_seed", "prompts_per_task", "timestamps", "labelled_turns", "long_audio")
 """Fields of the recipe that the number of an example's tokens depends on, beside the tokenizer."""
+
+NEWER_KEYS = ("prompts_per_task", "timestamps", "family")
+"""Fields that indexes and states of earlier versions do not name: they are named where they are not the default."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,12 @@ class Maker:
         """Names everything that `measure` depends on."""
         text = self.tokenizer.backend_tokenizer.to_str()
         tokenizer = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        what = ["prompts"] if self.for_generation else []
-        what += [self.recipe.timestamps.value] if self.recipe.timestamps is not Timestamps.text else []
-        what += [self.recipe.family] if self.recipe.family != DEFAULT.name else []  # indexes named none before
+        fields, defaults = plain(self.recipe), plain(SampleRecipe())
+        what = [fields[key] for key in MEASURED_KEYS if key not in NEWER_KEYS]
+        what += ["prompts"] if self.for_generation else []
+        what += [f"{key}={fields[key]}" for key in NEWER_KEYS if fields[key] != defaults[key]]
         what += ["prompt_per_pass"] if self.prompt_per_pass else []
-        return json.dumps([tokenizer, *map(plain(self.recipe).__getitem__, MEASURED_KEYS), *what])
+        return json.dumps([tokenizer, *what])
 
     def measure(self, example: Example, contents: Sequence[bytes | None] | None = None) -> Measured:
         """See `measure`."""
