@@ -73,7 +73,7 @@ class Compared:
         outcome = attempt(job, corpus, folder / "whole", None)
         if set(outcome.codes) != {0}:
             raise SystemExit(f"{job.name}: the undisturbed run failed\n{(folder / 'whole' / 'rank0.log').read_text()}")
-        self.usual_s = outcome.seconds
+        self.places = outcome.told
         self.batches, _ = digests(folder / "whole", job.world)
         self.state = state_of(folder / "whole")
         self.lost = self.repeated = 0
@@ -100,7 +100,7 @@ def disturbed(job: Compared, seed: int) -> Iterator[tuple[Fault | None, Outcome]
             fault = next(faults)
             complete = complete_checkpoints(run_dir)
             left = 1 - (step_of(complete[-1]) / STEPS if complete else 0)
-            yield fault, attempt(job.job, job.corpus, run_dir, fault, left * job.usual_s)
+            yield fault, attempt(job.job, job.corpus, run_dir, fault, left * job.places)
         yield None, finish(job, run_dir)
 
 

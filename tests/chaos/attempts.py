@@ -26,6 +26,7 @@ STALLED_S = 10.0
 GRACE_S = 20.0
 """For the other ranks to end by themselves when one has; those of a stopped run have a save to finish."""
 WIDTH = 64
+"""Bytes in which a rank tells where it is: how many times it has told, then the name of the place."""
 
 
 @dataclass
@@ -36,12 +37,14 @@ class Outcome:
         codes: of the ranks, negative for signals.
         place: where the rank was that the fault befell, empty where it came too late.
         hung: whether it had to be ended after `LIMIT_S`.
+        told: how many places rank 0 has told.
     """
 
     codes: list[int]
     place: str = ""
     hung: bool = False
     seconds: float = 0.0
+    told: int = 0
 
 
 @dataclass
@@ -73,10 +76,18 @@ class Attempt:
         return pid
 
     def _tell(self, rank: int, name: str) -> None:
-        self.places[rank * WIDTH : (rank + 1) * WIDTH] = name.encode()[:WIDTH].ljust(WIDTH)
+        line = f"{self.told(rank) + 1} {name}".encode()
+        self.places[rank * WIDTH : (rank + 1) * WIDTH] = line[:WIDTH].ljust(WIDTH)
 
     def place(self, rank: int) -> str:
         """Where a rank is: the last that it told, empty before its first step."""
+        return self._line(rank).partition(" ")[2]
+
+    def told(self, rank: int) -> int:
+        """How many places a rank has told."""
+        return int(self._line(rank).partition(" ")[0] or 0)
+
+    def _line(self, rank: int) -> str:
         return self.places[rank * WIDTH : (rank + 1) * WIDTH].rstrip(b" \0").decode()
 
     def living(self) -> list[int]:
@@ -112,8 +123,8 @@ def log_of(run_dir: Path, rank: int) -> Path:
     return run_dir / f"rank{rank}.log"
 
 
-def attempt(job: Job, corpus: Path, run_dir: Path, fault: Fault | None, usual_s: float = 0.0) -> Outcome:
-    """Run a job from its newest checkpoint to its end, or to what a fault makes of it; its steps take `usual_s`."""
+def attempt(job: Job, corpus: Path, run_dir: Path, fault: Fault | None, places: float = 0.0) -> Outcome:
+    """Run a job from its newest checkpoint to its end, or to what a fault makes of it; rank 0 tells so many places."""
     ranks = Attempt(job, corpus, run_dir, fault)
     limit = time.monotonic() + LIMIT_S
     try:
@@ -122,7 +133,8 @@ def attempt(job: Job, corpus: Path, run_dir: Path, fault: Fault | None, usual_s:
         began = time.monotonic()
         place = ""
         if fault is not None and fault.kind not in ("kill_at_border", "full_disk"):
-            ranks.wait(began + fault.when * usual_s, all_of_them=False)
+            while ranks.told(0) < fault.when * places and len(ranks.living()) == job.world and time.monotonic() < limit:
+                time.sleep(0.002)
             place = _strike(ranks, fault)
         hung = not ranks.wait(limit, all_of_them=False)
         if not hung and fault is None:
@@ -130,11 +142,13 @@ def attempt(job: Job, corpus: Path, run_dir: Path, fault: Fault | None, usual_s:
     finally:
         if time.monotonic() > limit:
             ranks.send(signal.SIGKILL, ranks.living())
+        if fault is not None and fault.kind == "sigstop_one":
+            ranks.send(signal.SIGKILL, [fault.rank])  # it would not hear anything else
         codes = ranks.end()
     seconds = time.monotonic() - began
     if fault is not None:
         place = _landed(ranks, fault, place, codes)
-    return Outcome(codes, place, hung, seconds)
+    return Outcome(codes, place, hung, seconds, ranks.told(0))
 
 
 def _strike(ranks: Attempt, fault: Fault) -> str:

@@ -16,7 +16,7 @@ class Fault:
 
     Attributes:
         kind: one of `KINDS`.
-        when: a share of the undisturbed run's time, after which it happens; of the border or size that is drawn, too.
+        when: a share of the undisturbed run's way, after which it happens; of the border or size that is drawn, too.
         rank: the one that it befalls.
     """
 

@@ -16,9 +16,8 @@ from transformers import TrainerCallback
 from qwen2audio_train.training.chain import run_script
 from qwen2audio_train.training.stages.run import fit
 from qwen2audio_train.training.trainers.stop import ONE_EVENT_S, SIGNALS, STOPPED
-from tests.distributed.ranks import run_ranks
 from tests.runs import build_trainer, logged, recipe, train
-from tests.training.test_resume import assert_same, assert_same_end, weights_of
+from tests.training.test_resume import assert_same_end
 
 STEPS = ["trainer.max_steps=5", "adapter.kind=lora", "adapter.r=2", "adapter.dropout=0.3"]
 
@@ -105,13 +104,6 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == -signal.SIGTERM
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(noise: Path, tmp_path: Path) -> None:
-    run_ranks("tests.distributed.stop_worker", noise, tmp_path)
-    whole, run = (tmp_path / name / "checkpoint-5" for name in ("whole", "run"))
-    assert_same(weights_of(whole), weights_of(run))
 
 
 @pytest.mark.slow
