@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qwen2audio_train.config.data import LongAudio, PromptStyle, SampleRecipe
+from qwen2audio_train.config.data import LabelledTurns, LongAudio, PromptStyle, SampleRecipe, Timestamps
 from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.audio.files import AudioError
 from qwen2audio_train.data.audio.mel import log_mel
@@ -19,6 +20,7 @@ from qwen2audio_train.data.examples import ChatExample, Clip, Message, Preferenc
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.data.prompts.render import render
 from qwen2audio_train.data.prompts.tokenize import count_tokens
+from qwen2audio_train.data.prompts.tokenizer import train_tokenizer
 from qwen2audio_train.data.samples.collate import pack
 from qwen2audio_train.data.samples.maker import Maker, measure, with_duration
 from qwen2audio_train.data.samples.sample import materialise
@@ -133,3 +135,24 @@ def test_wrong_durations(write_tone: Tone, tokenizer: PreTrainedTokenizerFast) -
     for seconds in (1.0, 20.0):
         with pytest.raises(ExampleError, match=rf"a\.wav is 2\.00 s long, its manifest says {seconds:.2f} s"):
             materialise(asr(path, seconds), tokenizer)
+
+
+def test_the_key_of_an_index_holds_all_that_its_counts_depend_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A change of anything else finds the same index, and so does the recipe of a run from before some keys were."""
+    plain = SampleRecipe()
+    changes: dict[str, Any] = {
+        "prompt_style": PromptStyle.hierarchical_tags,
+        "prompt_seed": 1,
+        "prompts_per_task": 1,
+        "timestamps": Timestamps.tokens,
+        "labelled_turns": LabelledTurns.last,
+        "long_audio": next(way for way in LongAudio if way is not plain.long_audio),
+        "family": "another",
+    }
+    keys = {Maker(tokenizer, replace(plain, **{key: value})).measure_key for key, value in changes.items()}
+    others_at_hand = Maker(tokenizer, plain, for_generation=True), Maker(train_tokenizer(["a"], 330), plain)
+    keys |= {maker.measure_key for maker in others_at_hand}
+    assert len(keys) == len(changes) + 2
+    assert Maker(tokenizer, plain).measure_key not in keys
+    others = {"num_mel_bins", "cache_dir", "cache_max_gib", "network_retries", "network_timeout_s", "decode_timeout_s"}
+    assert {field.name for field in fields(SampleRecipe)} == changes.keys() | others
