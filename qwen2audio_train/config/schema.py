@@ -61,6 +61,11 @@ class AdapterKind(StrEnum):
     qlora = "qlora"
 
 
+class InitLora(StrEnum):
+    default = "default"
+    pissa = "pissa"
+
+
 @dataclass
 class FreezeConfig:
     """Which parts of the model keep their weights.
@@ -135,6 +140,8 @@ class AdapterConfig:
         r: rank.
         alpha: the adapter's output is scaled by alpha / r (with `use_rslora` by alpha / sqrt(r)).
         dropout: probability of dropout before the adapter.
+        init_lora_weights: `default` starts from an adapter that adds nothing; `pissa` (arXiv:2404.02948) takes each
+            layer's largest singular values into the adapter, and leaves the rest frozen: the same outputs at first.
         use_dora: weight-decomposed adaptation (DoRA, arXiv:2402.09353).
         use_rslora: rank-stabilised scaling (arXiv:2312.03732).
         modules: parts whose linear layers get an adapter.
@@ -145,6 +152,7 @@ class AdapterConfig:
     r: int = at_least(1, 16)
     alpha: int = at_least(1, 32)
     dropout: float = at_least(0, 0.0, 1)
+    init_lora_weights: InitLora = InitLora.default
     use_dora: bool = False
     use_rslora: bool = False
     modules: list[str] = field(default_factory=lambda: ["language_model"], metadata={"choices": ADAPTED})
@@ -158,6 +166,7 @@ class OptimizerConfig:
     Attributes:
         learning_rates: rate of a part, such as `audio_tower`, where it differs from `trainer.learning_rate`.
         encoder_layer_decay: factor on the rate from one encoder layer to the one below it (Qwen-Audio: 0.95).
+        loraplus_lr_ratio: factor on the rate of the adapters' B matrices (LoRA+, arXiv:2402.12354, takes 16).
         frozen_until: step before which a part, such as `language_model`, keeps its weights: its rate is 0.
         frozen_from: step from which a part keeps its weights.
         max_skipped_steps: steps in a row without finite loss and gradient that are skipped; one more ends the run.
@@ -165,6 +174,7 @@ class OptimizerConfig:
 
     learning_rates: dict[str, float] = field(default_factory=dict, metadata={"choices": PARTS, "least": 0})
     encoder_layer_decay: float = at_least(0, 1.0)
+    loraplus_lr_ratio: float = at_least(0.01, 1.0)
     frozen_until: dict[str, int] = field(default_factory=dict, metadata={"choices": PARTS, "least": 1})
     frozen_from: dict[str, int] = field(default_factory=dict, metadata={"choices": PARTS, "least": 1})
     max_skipped_steps: int = at_least(0, 3)
@@ -261,8 +271,28 @@ def load_config(raw: DictConfig | Mapping[str, Any], schema: type[Schema]) -> Sc
         frozen = config.model.freeze.multi_modal_projector
         chosen = _choice(config)
         decoded = decoded_refusal(config.decoded, config.stage, config.trainer.get("eval_strategy", "no"))
-        _refuse(filter(None, (refusal(chosen), ctc_refusal(config.ctc, config.stage, chosen, frozen), decoded)))
+        ctc = ctc_refusal(config.ctc, config.stage, chosen, frozen)
+        _refuse(filter(None, (refusal(chosen), ctc, adapter_refusal(config), decoded)))
     return config
+
+
+def adapter_refusal(config: StageConfig) -> str | None:
+    """Why the adapter's initial weights, or their rates, would be nothing or wrong in a recipe."""
+    adapter = config.adapter
+    if adapter.kind is AdapterKind.none:
+        ratio = config.optimizer.loraplus_lr_ratio
+        return None if ratio == 1.0 else f"optimizer.loraplus_lr_ratio={ratio}: there is no adapter; set adapter=lora"
+    if adapter.init_lora_weights is InitLora.default:
+        return None
+    reasons = {
+        "its base without the adapter is no reference; set adapter.init_lora_weights=default": config.stage
+        in (Stage.dpo, Stage.grpo),
+        "it takes weights apart that are in 4 bits; set adapter.kind=lora": adapter.kind is AdapterKind.qlora,
+        "it takes weights apart that are sharded; set deepspeed.stage=2": config.deepspeed.stage == 3,
+        "it is not combined with adapter.use_dora; set one of them": adapter.use_dora,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    return f"adapter.init_lora_weights=pissa: {'; '.join(found)}" if found else None
 
 
 def _refuse(reasons: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from peft import (
 )
 from safetensors import safe_open
 
-from qwen2audio_train.config.schema import PARTS, AdapterConfig, AdapterKind, ConfigError
+from qwen2audio_train.config.schema import PARTS, AdapterConfig, AdapterKind, ConfigError, InitLora
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.model.freeze import part_of
 from qwen2audio_train.model.packed import PackedAudioLM
@@ -56,6 +56,7 @@ def lora_config(cfg: AdapterConfig, family: Family) -> LoraConfig:
         r=cfg.r,
         lora_alpha=cfg.alpha,
         lora_dropout=cfg.dropout,
+        init_lora_weights="pissa" if cfg.init_lora_weights is InitLora.pissa else True,
         use_dora=cfg.use_dora,
         use_rslora=cfg.use_rslora,
         target_modules="|".join(targets[part] for part in cfg.modules),
@@ -75,6 +76,7 @@ def check_same_adapter(cfg: AdapterConfig, folder: str, family: Family) -> None:
     there = {
         "r": saved.r,
         "alpha": saved.lora_alpha,
+        "init_lora_weights": InitLora.pissa if saved.init_lora_weights == "pissa" else InitLora.default,
         "use_dora": saved.use_dora,
         "use_rslora": saved.use_rslora,
         "modules": sorted({part_of(name, family) for name in names if ".lora_" in name}),

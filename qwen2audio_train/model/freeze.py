@@ -43,6 +43,7 @@ def parameter_groups(
     *,
     weight_decay: float = 0.0,
     encoder_layer_decay: float = 1.0,
+    loraplus_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimiser groups that hold every trainable parameter exactly once.
 
@@ -51,6 +52,7 @@ def parameter_groups(
     stem (its convolutions) is one layer below the first.
 
     Args:
+        loraplus_lr_ratio: factor on the rate of the adapters' B matrices.
         learning_rate: rate of parts that `learning_rates` (part to rate) does not name.
 
     Returns:
@@ -68,18 +70,21 @@ def parameter_groups(
             f"known parts are {', '.join(PARTS)}, and a frozen one takes no rate"
         )
     layers = unwrap(model).model.num_encoder_layers
-    groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, int, bool, bool], dict[str, Any]] = {}
     for name, parameter in trainable:
         part = part_of(name, family)
         below_top = _layers_below_top(name, layers, family) if part == "audio_tower" else 0
         # ZeRO-3 leaves an empty tensor behind and keeps the true shape beside it.
         decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        faster = loraplus_lr_ratio != 1.0 and ".lora_B." in name
         group = groups.setdefault(
-            (part, below_top, decayed),
+            (part, below_top, decayed, faster),
             {
-                "name": f"{part}.{'decay' if decayed else 'no_decay'}.{below_top}",
+                "name": f"{part}.{'decay' if decayed else 'no_decay'}.{below_top}{'.lora_B' if faster else ''}",
                 "params": [],
-                "lr": learning_rates.get(part, learning_rate) * encoder_layer_decay**below_top,
+                "lr": learning_rates.get(part, learning_rate)
+                * encoder_layer_decay**below_top
+                * (loraplus_lr_ratio if faster else 1.0),
                 "weight_decay": weight_decay if decayed else 0.0,
             },
         )

@@ -8,12 +8,21 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Qwen2AudioForConditionalGeneration
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
+from qwen2audio_train.config.schema import (
+    AdapterConfig,
+    AdapterKind,
+    ConfigError,
+    InitLora,
+    StageConfig,
+    load_config,
+)
 from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
+from qwen2audio_train.model.freeze import parameter_groups
 from qwen2audio_train.model.packed import unwrap
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.model.rows import pack, pad, random_row, tiny_config
 
+PISSA = {"kind": "lora", "init_lora_weights": "pissa"}
 PARTS = ["language_model", "audio_tower", "multi_modal_projector"]
 
 
@@ -125,3 +134,68 @@ def test_unknown_parts_are_refused(model: PackedQwen2Audio) -> None:
 
 def test_no_adapter_leaves_the_model_alone(model: PackedQwen2Audio) -> None:
     assert apply_adapter(model, AdapterConfig()) is model
+
+
+def test_pissa_starts_with_the_outputs_of_its_base(model: PackedQwen2Audio, batch: dict[str, Tensor]) -> None:
+    """To float32's rounding; the adapter holds each layer's largest singular values, the base the rest."""
+    before = model.eval()(**batch).nll
+    name = "model.language_model.layers.0.mlp.up_proj"
+    whole = model.get_submodule(name).weight.clone()
+    adapted = apply_adapter(model, lora(modules=PARTS, alpha=8, init_lora_weights=InitLora.pissa)).eval()
+    layer = unwrap(adapted).get_submodule(name)
+    low_rank = layer.get_delta_weight("default")
+    assert torch.linalg.matrix_rank(low_rank) == 4
+    torch.testing.assert_close(
+        torch.linalg.svdvals(low_rank)[:4], torch.linalg.svdvals(whole)[:4], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(layer.base_layer.weight + low_rank, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(adapted(**batch).nll, before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"init_lora_weights": InitLora.pissa}, {"use_rslora": True}, {"use_dora": True}])
+def test_variants_of_lora_are_saved_loaded_and_merged(
+    model: PackedQwen2Audio, batch: dict[str, Tensor], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    adapted = apply_adapter(model, lora(modules=PARTS, **changes))
+    train_one_step(adapted, batch)
+    adapted.save_pretrained(tmp_path / "adapter")
+    trained = adapted.eval()(**batch).nll
+    base = PackedQwen2Audio.from_pretrained(tmp_path / "base").eval()
+    assert not torch.allclose(base(**batch).nll, trained, atol=1e-3)
+    loaded = load_adapter(base, str(tmp_path / "adapter"), trainable=False).eval()
+    torch.testing.assert_close(loaded(**batch).nll, trained, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merge_adapter(loaded)(**batch).nll, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(model: PackedQwen2Audio) -> None:
+    adapted = apply_adapter(model, lora(alpha=8, use_rslora=True))
+    assert unwrap(adapted).get_submodule("model.language_model.layers.0.mlp.up_proj").scaling == {"default": 8 / 4**0.5}
+
+
+def test_lora_plus_speeds_up_the_b_matrices_alone(model: PackedQwen2Audio) -> None:
+    adapted = apply_adapter(model, lora(modules=PARTS, modules_to_save=["lm_head"]))
+    names = {id(p): name for name, p in adapted.named_parameters()}
+    rates = {"audio_tower": 2e-4}
+    groups = parameter_groups(adapted, 1e-4, rates, encoder_layer_decay=0.5, loraplus_lr_ratio=16.0)
+    assert len({group["name"] for group in groups}) == len(groups)
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            rate = 2e-4 * (0.5 if ".layers.0." in name else 1.0) if "audio_tower" in name else 1e-4
+            assert group["lr"] == pytest.approx(rate * (16 if ".lora_B." in name else 1)), name
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in adapted.parameters())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"optimizer": {"loraplus_lr_ratio": 16}}, "loraplus_lr_ratio=16.0: there is no adapter"),
+        ({"stage": "dpo", "adapter": PISSA}, "is no reference"),
+        ({"adapter": {**PISSA, "use_dora": True}}, "not combined with adapter.use_dora"),
+        ({"adapter": PISSA, "deepspeed": {"stage": 3}}, "set deepspeed.stage=2"),
+    ],
+)
+def test_what_a_variant_cannot_be_combined_with(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config({"stage": "sft", "name": "x", "model": {"kind": "tiny"}, **keys}, StageConfig)

@@ -43,6 +43,7 @@ def build_optimizer(arguments: TrainingArguments, model: nn.Module, rates: Optim
         learning_rates=rates.learning_rates,
         weight_decay=arguments.weight_decay,
         encoder_layer_decay=rates.encoder_layer_decay,
+        loraplus_lr_ratio=rates.loraplus_lr_ratio,
     )
     optimizer: torch.optim.Optimizer = kind(groups, **options)
     return optimizer
