@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def apply_adapter(
         return model
     if cfg.kind is AdapterKind.qlora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if model.device.type == "meta":  # a plan: the shapes are the same, and there are no weights to take apart
+        cfg = replace(cfg, init_lora_weights=InitLora.default)
     return get_peft_model(model, lora_config(cfg, model.family), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
