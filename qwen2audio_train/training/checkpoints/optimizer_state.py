@@ -85,11 +85,6 @@ def shares(model: nn.Module, optimizer: Any) -> Iterator[Share]:
             start = torch.distributed.get_rank() * numel
             held, numel = optimizer.fp32_partitioned_groups_flat[group], max(0, min(numel, p.ds_numel - start))
             yield Share(name, tuple(p.ds_shape), start, numel, held, offset)
-    elif hasattr(optimizer, "fp32_groups"):  # ZeRO-0 in bfloat16: a float32 copy of each parameter
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        copies = {p: copy for ours, theirs in pairs for p, copy in zip(ours, theirs, strict=True)}
-        for name, p in trained:
-            yield Share(name, tuple(p.shape), 0, p.numel(), copies[p], 0)
     elif hasattr(optimizer, "bit16_groups") or hasattr(
         optimizer, "bf16_groups"
     ):  # ZeRO-1, ZeRO-2: a share of each group
