@@ -2,6 +2,7 @@
 
     python launch/data.py convert [mapping.yaml] input=table.csv output=train.jsonl columns.target=sentence ...
     python launch/data.py chat    manifests=[train.jsonl] output=chat.jsonl
+    python launch/data.py quiet   output=quiet.jsonl number=500
     python launch/data.py check   manifests=[train.jsonl] against=[test.jsonl]
     python launch/data.py index   manifests=[train.jsonl] tokenizer=runs/pretrain/checkpoint-1000/model
     python launch/data.py stats   manifests=[train.jsonl] image=lengths.png
@@ -28,6 +29,7 @@ from qwen2audio_train.data.tools.chat import ChatOptions, write_chats
 from qwen2audio_train.data.tools.check import CheckOptions, check, summary
 from qwen2audio_train.data.tools.convert import ConvertOptions, convert
 from qwen2audio_train.data.tools.mixture_tree import mixture_tree, tree_text
+from qwen2audio_train.data.tools.quiet import QuietOptions, write_quiet
 from qwen2audio_train.data.tools.shards import ShardOptions, write_shards
 from qwen2audio_train.data.tools.show import ShowOptions, show
 from qwen2audio_train.data.tools.stats import (
@@ -59,6 +61,11 @@ def run_convert(options: ConvertOptions) -> int:
 def run_chat(options: ChatOptions) -> int:
     require_manifests(options.manifests)
     print(f"{options.output}: {write_chats(options)} conversations")
+    return 0
+
+
+def run_quiet(options: QuietOptions) -> int:
+    print(f"{options.output}: {write_quiet(options)} recordings of nothing")
     return 0
 
 
@@ -124,6 +131,7 @@ def require_manifests(manifests: Sequence[str]) -> None:
 COMMANDS: Commands = {
     "convert": (ConvertOptions, run_convert),
     "chat": (ChatOptions, run_chat),
+    "quiet": (QuietOptions, run_quiet),
     "check": (CheckOptions, run_check),
     "index": (IndexOptions, run_index),
     "stats": (IndexOptions, run_stats),

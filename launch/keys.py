@@ -14,6 +14,7 @@ from qwen2audio_train.config.tools import EvaluateConfig, ExportConfig
 from qwen2audio_train.data.tools.chat import ChatOptions
 from qwen2audio_train.data.tools.check import CheckOptions
 from qwen2audio_train.data.tools.convert import ConvertOptions
+from qwen2audio_train.data.tools.quiet import QuietOptions
 from qwen2audio_train.data.tools.shards import ShardOptions
 from qwen2audio_train.data.tools.show import ShowOptions
 from qwen2audio_train.data.tools.stats import IndexOptions, VisualizeOptions
@@ -40,6 +41,7 @@ SCHEMAS: dict[str, Any] = {
     "chat": ChatConfig,
     "data convert": ConvertOptions,
     "data chat": ChatOptions,
+    "data quiet": QuietOptions,
     "data check": CheckOptions,
     "data index, data stats": IndexOptions,
     "data shard": ShardOptions,
