@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
+
+import torch
 
 from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
+from qwen2audio_train.config.schema import Dtype
 from qwen2audio_train.config.tools import ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.errors import UserError
-from qwen2audio_train.export import check_export, export, heard_whole
+from qwen2audio_train.export import check_export, export, export_adapter, heard_whole
+from qwen2audio_train.model.adapters import adapter_has_learnt
+from qwen2audio_train.training.checkpoints.folder import weights_folder
 from qwen2audio_train.training.stages.policy import load_for_inference
 
 
 def main(config: ExportConfig) -> None:
     if config.check_manifest is not None:
         check_file("check_manifest", config.check_manifest)
+    found = weights_folder(config.checkpoint)
+    if (Path(found) / "adapter_model.safetensors").is_file() and not adapter_has_learnt(found):
+        raise UserError(f"checkpoint={found}: every B of the adapter is zero, so it changes nothing; was it trained?")
+    # Merged in float32 whatever is written: bfloat16 would round the sum of weights and adapter twice.
     model, tokenizer, samples, caveats, base = load_for_inference(
-        config.checkpoint, num_threads=config.num_threads, dtype=config.dtype, merge=config.merge
+        config.checkpoint, num_threads=config.num_threads, dtype=Dtype.float32, merge=config.merge
     )
-    folder = export(model, tokenizer, samples, config.output_dir, base=base)
+    model = model.to(getattr(torch, config.dtype))
+    if base is None:
+        folder = export(model, tokenizer, samples, config.output_dir)
+    else:
+        folder, base = Path(config.output_dir), export_adapter(model, tokenizer, samples, config.output_dir, base)
+        model = load_for_inference(str(folder), num_threads=config.num_threads, dtype=config.dtype, merge=False).model
     print(f"exported to {folder}" + (f", an adapter on {base}" if base else ""))
     print("".join(f"note: {caveat}\n" for caveat in caveats), end="")
     if config.check_manifest is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Example, clips_of
@@ -23,7 +25,7 @@ from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.layout import SAMPLING_RATE
-from qwen2audio_train.model.adapters import load_adapter
+from qwen2audio_train.model.adapters import load_adapter, merge_outside_language_model, without_adapter
 
 
 def export(
@@ -51,9 +53,43 @@ def export(
         for config in saved.peft_config.values():
             config.base_model_name_or_path = base
     saved.save_pretrained(folder)
+    if (folder / CONFIG_NAME).is_file():
+        _say_tied(saved, folder / CONFIG_NAME)
     save_inputs(tokenizer, recipe, folder)
     generation_config(tokenizer, family_of(recipe.family)).save_pretrained(folder)
     return folder
+
+
+def export_adapter(
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: SampleRecipe, folder: str | Path, base: str
+) -> str:
+    """Write an adapter that a server takes: on the language model alone.
+
+    What it has on the audio tower and the projector is added to the base, which is then written to `base/` below the
+    folder. Changes `model`. Returns the hub id or folder of the weights that the adapter belongs to.
+    """
+    folder = Path(folder)
+    changed = merge_outside_language_model(model)
+    if not changed:
+        export(model, tokenizer, recipe, folder, base=base)
+        return base
+    own = str(folder / "base")
+    model.config.save_pretrained(own)  # PEFT looks for it when the adapter is written
+    export(model, tokenizer, recipe, folder, base=own)
+    export(without_adapter(model), tokenizer, recipe, own)
+    return own
+
+
+def _say_tied(model: Any, path: Path) -> None:
+    """Write on both levels of the config whether embeddings and head are one tensor.
+
+    transformers leaves out what is the default, and that is not the same in all versions and servers.
+    """
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for level in (config, config["text_config"]):
+        level["tie_word_embeddings"] = tied
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase, family: Family = DEFAULT) -> GenerationConfig:

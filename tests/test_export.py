@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
+from qwen2audio_train.config.tools import ExportConfig
 from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExample
+from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.prompts.render import render, rendered_text
+from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, stop_ids
-from qwen2audio_train.export import check_export, export
-from qwen2audio_train.model.adapters import apply_adapter, load_adapter, merge_adapter
+from qwen2audio_train.export import check_export, export, export_adapter
+from qwen2audio_train.model.adapters import adapter_has_learnt, apply_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.evaluation.tiny import MEL_BINS, SAMPLES, noise, tiny_model, tiny_tokenizer
+from tests.launch.scripts import script
 
 DECODING = Decoding(max_new_tokens=8)
 
@@ -83,6 +88,34 @@ def test_an_adapter_alone_decodes_the_same_texts_on_its_base(examples, tmp_path)
     assert check(tmp_path / "adapter", again, tiny_tokenizer(), SAMPLES, examples) == []
 
 
+def test_what_a_server_cannot_adapt_is_merged_and_the_rest_stays_an_adapter(examples, tmp_path):
+    base = str(export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path / "plain"))
+    own = export_adapter(adapted(), tiny_tokenizer(), SAMPLES, tmp_path / "adapter", base)
+    assert own == str(tmp_path / "adapter" / "base")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert all("language_model" in name for name in file.keys())  # noqa: SIM118
+    check = partial(check_export, base=own, decoding=DECODING)
+    assert check(tmp_path / "adapter", adapted(), tiny_tokenizer(), SAMPLES, examples) == []
+    assert check(tmp_path / "adapter", tiny_model(), tiny_tokenizer(), SAMPLES, examples) != []
+
+
+def test_an_adapter_of_the_language_model_keeps_its_base(tmp_path):
+    base = str(export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path / "plain"))
+    model = apply_adapter(tiny_model(), AdapterConfig(kind=AdapterKind.lora, r=2))
+    assert export_adapter(model, tiny_tokenizer(), SAMPLES, tmp_path / "new", base) == base
+    assert not (tmp_path / "new" / "base").exists()
+    assert not adapter_has_learnt(tmp_path / "new"), "as it starts"
+    export_adapter(adapted(), tiny_tokenizer(), SAMPLES, tmp_path / "trained", base)
+    assert adapter_has_learnt(tmp_path / "trained")
+
+
+def test_the_config_says_on_both_levels_that_nothing_is_tied(tmp_path):
+    export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["text_config"]["tie_word_embeddings"] is False
+
+
 def test_an_adapter_needs_its_base(tmp_path):
     with pytest.raises(ValueError, match="hub id or folder"):
         export(adapted(), tiny_tokenizer(), SAMPLES, tmp_path)
@@ -100,3 +133,25 @@ def test_the_processor_writes_the_prompts_that_we_write(examples, tmp_path):
     written = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     turns = next(example for example in examples if example.id == "turns")
     assert written == rendered_text(render(turns, for_generation=True))
+
+
+def test_the_script_refuses_an_adapter_that_has_learnt_nothing(tmp_path):
+    base = str(export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path / "plain"))
+    model = apply_adapter(tiny_model(), AdapterConfig(kind=AdapterKind.lora, r=2))
+    export(model, tiny_tokenizer(), SAMPLES, tmp_path / "new", base=base)
+    config = ExportConfig(checkpoint=str(tmp_path / "new"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="every B of the adapter is zero"):
+        script("export").main(config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_the_script_exports_what_was_trained(merge, examples, tmp_path, capsys):
+    base = str(export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path / "plain"))
+    export(adapted(), tiny_tokenizer(), SAMPLES, tmp_path / "trained", base=base)
+    manifest = tmp_path / "check.jsonl"
+    manifest.write_text("".join(json.dumps(to_record(example, tmp_path)) + "\n" for example in examples[3:5]))
+    options = {"check_manifest": str(manifest), "merge": merge}
+    script("export").main(ExportConfig(str(tmp_path / "trained"), str(tmp_path / "out"), **options))
+    assert "2 of 2 texts are the same by the stock classes" in capsys.readouterr().out
+    assert (tmp_path / "out" / "base").exists() != merge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import (
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from qwen2audio_train.config.schema import PARTS, AdapterConfig, AdapterKind, ConfigError, InitLora
@@ -123,3 +125,38 @@ def merge_adapter(model: PeftModel) -> PackedAudioLM:
     merged = model.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PackedAudioLM)
     return merged
+
+
+def merge_outside_language_model(model: PeftModel) -> bool:
+    """Add the adapter's weights on the audio tower and the projector to the base's, and leave the rest an adapter.
+
+    Servers adapt the language model alone (vLLM refuses an adapter on the others). Returns whether there were any.
+    """
+    inner: Any = model.get_base_model()
+    pattern = re.compile(inner.family.adapter_targets["language_model"])
+    others = [
+        (name, layer)
+        for name, layer in inner.named_modules()
+        if isinstance(layer, BaseTunerLayer) and not pattern.fullmatch(name)
+    ]
+    for name, layer in others:
+        layer.merge(safe_merge=True)
+        parent, _, last = name.rpartition(".")
+        setattr(inner.get_submodule(parent), last, layer.get_base_layer())
+    config: Any = model.peft_config[model.active_adapter]
+    config.target_modules = pattern.pattern
+    return bool(others)
+
+
+def without_adapter(model: PeftModel) -> PackedAudioLM:
+    """The base as it is, what was merged into it included; `model` is of no use afterwards."""
+    base = model.unload()
+    assert isinstance(base, PackedAudioLM)
+    return base
+
+
+def adapter_has_learnt(folder: str | Path) -> bool:
+    """Whether any B of the adapter saved in `folder` is not zero: it starts so, and its product with A is added."""
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if "lora_B" in name]  # noqa: SIM118
+        return any(bool(file.get_tensor(name).any()) for name in names)
