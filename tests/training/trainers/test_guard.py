@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from qwen2audio_train.training.checkpoints.folder import complete_checkpoints, resume_point
 from qwen2audio_train.training.trainers.guard import Diverged, OutOfMemory
 from qwen2audio_train.training.trainers.packed import PlansDiffer
+from qwen2audio_train.training.trainers.speed import StepCounts
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train
 
 SAVED = ["trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.save_total_limit=1"]
@@ -150,7 +152,7 @@ def test_ranks_that_plan_other_examples_stop(noise: Path, tmp_path: Path, monkey
     plans = [float(loader.plan) for loader in (trainer.loader, other)]
     assert 0 < plans[0] != plans[1] < 2**32
     for second, differs in ((plans[0], False), (plans[1], True)):
-        added = torch.tensor([0.0] * 6 + [second], dtype=torch.float64)
+        added = torch.tensor([0.0] * len(fields(StepCounts)) + [second], dtype=torch.float64)
         monkeypatch.setattr(trainer, "sum_over_ranks", lambda total, device=None, more=added: total + more)
         monkeypatch.setattr(type(trainer.args), "world_size", 2)
         with pytest.raises(PlansDiffer, match="step 1: rank 0 has planned other") if differs else nullcontext():
