@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -23,7 +17,6 @@ from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.data.order.state import DataStateError
 from qwen2audio_train.training.checkpoints.folder import CheckpointError
 from qwen2audio_train.training.stages.run import fit
-from tests.launch.scripts import LAUNCH, ROOT
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train, warm_up_recipe
 
 STEPS = ["trainer.max_steps=5", "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.save_total_limit=9"]
@@ -110,6 +103,23 @@ def test_resumed_is_uninterrupted(
     assert logged(broken, *names) == logged(whole, *names)
     assert len(logged(whole, *names)) == 5
     assert_same_end(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+def test_resumed_again_and_over_the_ends_of_epochs(streaming: bool, noise: Path, tmp_path: Path) -> None:
+    """Two resumes in a row, the second of a run that was resumed, and the end of a pass over the data in between."""
+    kind = [f"data.sources.{name}.streaming={str(streaming).lower()}" for name in ("speech", "sound")]
+    steps = [*STEPS, "trainer.max_steps=6", "trainer.save_steps=1", *kind]
+    whole, broken = (recipe(noise, tmp_path / name, *steps) for name in ("whole", "broken"))
+    train(whole)
+    for stop in (1, 4):
+        interrupted(broken, stop)
+    train(broken)
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    assert logged(broken, *names) == logged(whole, *names)
+    assert_same_end(tmp_path / "whole", tmp_path / "broken", last=6)
+    passes = [line for (line,) in logged(whole, "data/speech/pass")]
+    assert passes[0] < passes[-1]
 
 
 def test_evaluation_in_between_changes_nothing(noise: Path, tmp_path: Path) -> None:
@@ -213,29 +223,6 @@ def test_another_width_is_refused(noise: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoint-5")
     with pytest.raises(CheckpointError, match=r"text_config\.intermediate_size: 48 when saved, 50 now"):
         train(recipe(noise, copy, *STEPS, "model.architecture.text_config.intermediate_size=50"))
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(noise: Path, tmp_path: Path) -> None:
-    """SIGKILL twice, at a moment of the machine's choosing; what is left each time is resumed from."""
-    config = recipe(noise, tmp_path / "run", *STEPS, "trainer.max_steps=40", "trainer.save_steps=1")
-    OmegaConf.save(OmegaConf.structured(config), tmp_path / "config.yaml")
-    command = [sys.executable, str(LAUNCH / "pretrain.py"), "--config-dir", str(tmp_path), "--config-name", "config"]
-    command += ["hydra.run.dir=.", "hydra.output_subdir=null"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    for reached in (2, 5):
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while not (tmp_path / "run" / f"checkpoint-{reached}").exists():
-            assert process.poll() is None, process.stderr and process.stderr.read().decode()[-3000:]
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    short = recipe(noise, tmp_path / "run", *STEPS, "trainer.max_steps=40", "trainer.save_steps=1")
-    train(short)
-    assert [step for (step,) in logged(short, "step")] == list(range(1, 41))
-    whole = recipe(noise, tmp_path / "whole", *STEPS, "trainer.max_steps=40")
-    train(whole)
-    assert logged(short, "step", "loss", "grad_norm") == logged(whole, "step", "loss", "grad_norm")
 
 
 def test_another_adapter_is_refused(noise: Path, tmp_path: Path) -> None:
