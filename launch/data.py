@@ -70,7 +70,7 @@ def run_quiet(options: QuietOptions) -> int:
 
 
 def run_check(options: CheckOptions) -> int:
-    require_manifests(options.manifests)
+    require_manifests([*options.manifests, *options.sources])
     checked = check(options)
     print(summary(checked, options.max_shown))
     if options.report is not None:
