@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.PHONY: help install demo test test-fast lint format typecheck check newest docs-keys clean
+.PHONY: help install demo test test-fast lint format typecheck check newest docs docs-keys clean
 
 install: $(STAMP) ## the environment in .venv
 
@@ -71,6 +71,10 @@ newest: ## the fast tier with the newest transformers, trl, peft, datasets, acce
 	$(THERE)/bin/pip install --quiet --constraint $(THERE)/torch.txt --editable ".[dev]"
 	$(THERE)/bin/pip install --upgrade --constraint $(THERE)/torch.txt $(NEWEST)
 	$(THERE)/bin/python -m pytest -m "not slow"
+
+docs: install ## the site of docs/, into site/
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 docs-keys: install ## docs/config_keys.md from the schema
 	$(BIN)/python launch/keys.py > docs/config_keys.md

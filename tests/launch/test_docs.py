@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.launch.scripts import LAUNCH, ROOT, SCHEMAS, composed, script
 
 PAGES = (
     "ablations",
+    "costs",
     "data",
     "recipes",
     "evaluation",
@@ -22,6 +25,7 @@ PAGES = (
     "memory",
     "multinode",
     "preference",
+    "serving",
 )
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SCRIPT = re.compile(r"launch/(\w+)\.py")
@@ -61,8 +65,37 @@ def test_pages_have_commands_to_check() -> None:
     assert {page for page, _ in COMMANDS} >= {"data", "recipes", "evaluation", "finetune_lora"}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    path = ROOT / f"docs/{page}.md"
+WRITTEN = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
     targets = [Path(target) for target in LINK.findall(path.read_text(encoding="utf-8"))]
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_the_start_page_leads_to_every_page() -> None:
+    linked = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_every_symptom_has_a_source() -> None:
+    """A public thread, or tests of ours that are there."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "| from |" not in line
+    ]
+    assert len(rows) >= 25
+    for row in rows:
+        source = row.rstrip(" |").rpartition(" | ")[2]
+        tests = re.findall(r"`(tests/[^`]*)`", source)
+        assert tests or "](https://github.com/" in source, row
+        assert all((ROOT / name).exists() for name in tests), row
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "troubleshooting" / "index.html").is_file()
