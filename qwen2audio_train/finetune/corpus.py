@@ -38,8 +38,8 @@ USUAL: Mapping[str, tuple[str, ...]] = {
 }
 """Our field -> the names that corpora give its column, the likeliest first."""
 
-SPOKEN = ("text", "sentence", "transcript", "transcription", "normalized_text", "target")
-LABELS = ("label", "class", "category", "emotion", "intent", "keyword", "word", "genre", "instrument")
+SPOKEN = ("text", "sentence", "transcript", "transcription", "normalized_text", "target", "txt")
+LABELS = ("label", "class", "cls", "category", "emotion", "intent", "keyword", "word", "genre", "instrument")
 QUESTION = "Which of these is heard?"
 """What a label answers where no task is given; the labels follow once all of them are known."""
 
@@ -128,8 +128,12 @@ def fields_of(config: FinetuneConfig, place: str, key: str) -> tuple[dict[str, s
             f"{key}={place}: the folder is empty; expected recordings, a folder for each class, or a table"
         )
     corpus = open_corpus(key, SourceConfig([place], format=config.format, split=config.split), Remote(), where=key)
-    rows = [row for _, row in islice(_rows(corpus), FIRST_ROWS) if isinstance(row, Mapping)]
-    seen = {column for row in rows for column in columns_of(row) if reach(row, column) not in (None, "")}
+    first = [row for _, row in islice(_rows(corpus), FIRST_ROWS)]
+    rows = [row for row in first if isinstance(row, Mapping)]
+    if not rows:
+        raise ConfigError(f"{key}={place}: {f'no row is read: {first[0]}' if first else 'it holds no rows'}")
+    columns = {column for row in rows for column in columns_of(row) if reach(row, column) not in (None, "")}
+    seen = {column for column in columns if not column.startswith("__") or column == "__key__"}
     if {"audio", "task", "target"} <= seen or any(map(is_conversation, rows)):
         return dict(config.columns), {}
     if corpus.kind is SourceFormat.audiofolder:
@@ -151,7 +155,8 @@ def fields_of(config: FinetuneConfig, place: str, key: str) -> tuple[dict[str, s
 
 def target_column(seen: Collection[str], task: str | None, corpus: str) -> str:
     """The column of transcripts or labels. Raises ConfigError where there is none, or both and no task."""
-    spoken, label = (next((name for name in names if name in seen), None) for names in (SPOKEN, LABELS))
+    inside = [*SPOKEN, *(f"json.{name}" for name in SPOKEN)], [*LABELS, *(f"json.{name}" for name in LABELS)]
+    spoken, label = (next((name for name in names if name in seen), None) for names in inside)
     chosen = spoken if task in ("asr", "s2tt") else label or spoken
     if chosen is None or (task is None and spoken and label):
         found = f"transcripts ({spoken}) and labels ({label}) are there" if chosen else f"there are {sorted(seen)}"

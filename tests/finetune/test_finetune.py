@@ -23,6 +23,7 @@ from qwen2audio_train.finetune import run
 from qwen2audio_train.finetune.corpus import prepare
 from qwen2audio_train.finetune.outcome import change_of, warnings
 from qwen2audio_train.training.chain import Entry, Ledger
+from tests.data.storage.test_blobs import write_tar
 from tests.evaluation.tiny import SAMPLES, tiny_model, tiny_tokenizer
 from tests.launch.scripts import composed, script
 
@@ -83,6 +84,28 @@ def test_a_table_is_read_by_the_usual_names_of_its_columns(table: Path, tmp_path
     sides = [{e.meta["speaker"] for e in side} for side in (found.train, found.held_out)]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == {"s0", "s1", "s2"}
+
+
+def test_a_tar_is_read_by_the_usual_endings_of_its_members(table: Path, tmp_path: Path) -> None:
+    clips = {str(number): table.with_name(f"{number}.wav").read_bytes() for number in range(14)}
+    for name, told in {"txt": b"the cat", "json": b'{"text": "the cat"}', "cls": b"3"}.items():
+        members = {f"{key}.{kind}": data for key, clip in clips.items() for kind, data in (("wav", clip), (name, told))}
+        members |= {f"0.{name}": told.replace(b"cat", b"mat").replace(b"3", b"4")}
+        found = prepared(write_tar(tmp_path / f"{name}.tar", members), tmp_path / name)
+        assert len(found.train) + len(found.held_out) == 14
+        assert {example.task for example in found.train} == {"aqa" if name == "cls" else "asr"}
+
+
+def test_a_corpus_of_which_no_row_is_read_says_why(tmp_path: Path) -> None:
+    corpora = {
+        b"path,sentence\n1.wav,It\x92s\n": r"no row is read: .*t\.csv:2: expected UTF-8 text",
+        b"path,sentence,sentence\n1.wav,a,b\n": 'no row is read: .*"sentence": expected column names of their own',
+        b"path,sentence\n": "it holds no rows",
+    }
+    for content, says in corpora.items():
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(ConfigError, match=says):
+            prepared(tmp_path / "t.csv", tmp_path / "data")
 
 
 def test_a_table_of_both_is_told_which(table: Path, tmp_path: Path) -> None:
