@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.training.checkpoints import folder as folders
+from qwen2audio_train.training.checkpoints import writing
 from qwen2audio_train.training.checkpoints.folder import CheckpointError, weights_folder
 from qwen2audio_train.training.stages.policy import load_for_inference
 from tests.runs import pairs_recipe, recipe, train
@@ -66,7 +67,7 @@ def test_a_base_in_use_is_not_rotated_away(noise: Path, home: Path) -> None:
     # Going on, the adapter stays on what it started from, not on what `init_from` means by now.
     train(recipe(noise, home / "adapted", *SHORT, *LORA, f"init_from={home}/base", "trainer.max_steps=3"))
     shutil.rmtree(home / "adapted")
-    folders.rotate(home / "base", keep=1)
+    writing.rotate(home / "base", keep=1)
     assert [path.name for path in (home / "base").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
