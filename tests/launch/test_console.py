@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen2audio_train.cli.main import main, stories
+from qwen2audio_train.cli.completion import script
+from qwen2audio_train.cli.main import known_keys, main, stories
 from tests.launch.scripts import LAUNCH, ROOT
 
 
@@ -37,6 +38,24 @@ def test_a_misspelt_name_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_tool_runs_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("data", "chek") == 2
     assert "error: chek: no such command; did you mean check?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("finet", ["finetune"]),
+        ("finetune held_out", ["held_out=", "held_out_share="]),
+        ("--nproc=2 sft model.freeze.audio", ["model.freeze.audio_tower="]),
+        ("sft data.so", ["data.sources.", "data.sources="]),
+        ("evaluate che", ["checkpoint="]),
+    ],
+)
+def test_bash_completes_commands_and_keys(words: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "completion").write_text(script(known_keys()))
+    typed = f"COMP_WORDS=(qwen2audio-train {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _qwen2audio_train"
+    command = f'source completion; {typed}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert sorted(set(done.stdout.split())) == expected
 
 
 @pytest.mark.slow
