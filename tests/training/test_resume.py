@@ -20,6 +20,10 @@ from qwen2audio_train.training.stages.run import fit
 from tests.runs import build_trainer, encoder_recipe, logged, pairs_recipe, recipe, train, warm_up_recipe
 
 STEPS = ["trainer.max_steps=5", "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.save_total_limit=9"]
+SCHEDULE = [
+    *("optimizer.frozen_until.language_model=4", "optimizer.frozen_from.audio_tower=2", "data.prompt_per_pass=true"),
+    *("trainer.lr_scheduler_type=warmup_stable_decay", "trainer.lr_scheduler_kwargs={num_decay_steps: 2}"),
+]
 LORA = ["adapter.kind=lora", "adapter.r=2", "adapter.dropout=0.3"]
 
 
@@ -84,11 +88,11 @@ def assert_same_end(whole: Path, resumed: Path, last: int = 5) -> None:
         (pairs_recipe, LORA, 3, []),
         (pairs_recipe, [], 3, []),
         (encoder_recipe, [], 3, []),
-        (recipe, ["optimizer.frozen_until.language_model=4", "optimizer.frozen_from.audio_tower=2"], 3, []),
+        (recipe, SCHEDULE, 3, []),
         (warm_up_recipe, ["ctc.sampled_tokens=50"], 3, []),
         (warm_up_recipe, ["stage=pretrain", "ctc.weight=0.5", "ctc.sampled_tokens=50"], 3, []),
     ],
-    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "freeze by step", "warm-up", "ctc beside"],
+    ids=["full", "workers", "lora", "dpo-lora", "dpo", "encoder", "schedules", "warm-up", "ctc beside"],
 )
 def test_resumed_is_uninterrupted(
     make: Any, overrides: list[str], stop: int, changes: list[str], noise: Path, tmp_path: Path
