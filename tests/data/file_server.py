@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -24,6 +25,13 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
+
+    def do_HEAD(self) -> None:
+        data = self.server.files.get(self.path)
+        self.send_response(404 if data is None else 200)
+        if data is not None:
+            self.send_header("ETag", hashlib.blake2b(data).hexdigest())
+        self.end_headers()
 
     def do_GET(self) -> None:
         asked = self.headers.get("Range")

@@ -257,7 +257,9 @@ def _first_rows(file: str, remote: Remote) -> Rows:
 
 
 def _local(file: str, remote: Remote) -> str:
-    return remote.shard(file) if "://" in file else file
+    if "://" not in file:
+        return file
+    return remote.shard(file) if file.endswith(".tar") else remote.current(file)
 
 
 def _tables(file: str, split: str | None) -> list[str]:

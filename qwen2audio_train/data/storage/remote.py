@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import math
 import os
 import socket
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from qwen2audio_train.data.storage.blobs import BlobError, Place, container, find_inside, is_inside
-from qwen2audio_train.data.storage.files import locked
+from qwen2audio_train.data.storage.files import locked, write_whole
 from qwen2audio_train.data.storage.paths import check_url, shown
 
 Result = TypeVar("Result")
@@ -40,6 +41,10 @@ EVICTIONS = 5
 
 _FAILED: dict[str, tuple[float, str]] = {}
 """When a shard could last not be had, or a host not be reached, and why; by place in the cache and by host."""
+
+
+_STATES: dict[tuple[str, str], str] = {}
+"""State of each table, by cache and URL, as its server told it to this process."""
 
 
 class RemoteError(BlobError):
@@ -111,7 +116,7 @@ class Remote:
         self._download(url, data, max_bytes)
         return data.getvalue()
 
-    def shard(self, url: str, max_bytes: int | None = None) -> str:
+    def shard(self, url: str, max_bytes: int | None = None, state: str = "") -> str:
         """Path of the local copy of a file, fetched if it is not there; of `file://` the file itself.
 
         Raises:
@@ -120,7 +125,7 @@ class Remote:
         if url.startswith(LOCAL):
             plain = url.removeprefix(LOCAL)
             return plain if os.path.exists(plain) else urllib.parse.unquote(plain)
-        place = self._place(url)
+        place = self._place(url, state)
         self._refuse_if_failed(str(place))
         if not self._touch(place):
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -133,12 +138,46 @@ class Remote:
                         raise RemoteError(f"{shown(url)}: {error}") from error
         return str(place)
 
+    def current(self, url: str) -> str:
+        """`shard` of a manifest or table as the server has it now, beside older ones that other runs may be reading.
+
+        Asked once in the life of a process; where a server does not answer, the copy that was the last to be current.
+        """
+        key = (self.cache_dir, url)
+        if key not in _STATES:
+            note, state = Path(f"{self._place(url)}.state"), self._state(url)
+            if state is not None:
+                write_whole(note, [state])
+            _STATES[key] = state or (note.read_text(encoding="utf-8") if note.exists() else "")
+        return self.shard(url, state=_STATES[key])
+
+    def _state(self, url: str) -> str | None:
+        """What a server tells of the state of a file, None where it tells nothing."""
+        if url.startswith(LOCAL):
+            return None
+        host = "//" + urllib.parse.urlsplit(url).netloc
+        try:
+            self._refuse_if_failed(host)
+            if not url.startswith(("http://", "https://")):
+                import fsspec  # slow to import, and most data is local
+
+                filesystem, path = fsspec.core.url_to_fs(url)
+                return str(filesystem.ukey(path))
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                told = [response.headers.get(key) for key in ("ETag", "Last-Modified", "Content-Length")]
+            return json.dumps(told) if any(told) else None
+        except (OSError, ValueError, ImportError, NotImplementedError, http.client.HTTPException) as error:
+            if _is_of_host(error):
+                _FAILED[host] = (time.monotonic(), f"cannot be reached ({error})")
+            return None
+
     def prefetch(self, url: str) -> Future[str]:
         """Fetch a shard in the background."""
         return _pool().submit(self.shard, url)
 
-    def _place(self, url: str) -> Path:
-        name = hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+    def _place(self, url: str, state: str = "") -> Path:
+        name = hashlib.blake2b((url + state).encode(), digest_size=12).hexdigest()
         return Path(self.cache_dir) / "shards" / f"{name}-{Path(url.split('?')[0]).name[-80:]}"
 
     def _touch(self, place: Path) -> bool:
@@ -158,7 +197,7 @@ class Remote:
     def _make_room(self, size: int, folder: Path) -> None:
         files = []
         for path in folder.iterdir():
-            if path.suffix not in (".lock", ".part"):
+            if path.suffix not in (".lock", ".part", ".state"):
                 with suppress(FileNotFoundError):  # another process makes room as well
                     files.append((_lock_of(path).stat().st_mtime_ns, path, path.stat().st_size))
         excess = size + sum(size for *_, size in files) - self.max_gib * 2**30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qwen2audio_train.data.audio.decode import clip_duration, load_audio
 from qwen2audio_train.data.examples import Clip, clips_of
 from qwen2audio_train.data.loading.build import build_batches
 from qwen2audio_train.data.manifests.cache import find_manifests, good_examples
+from qwen2audio_train.data.storage import remote as remote_module
 from qwen2audio_train.data.storage.blobs import BlobError, TarMember
 from qwen2audio_train.data.storage.paths import expand_paths
 from qwen2audio_train.data.storage.remote import Remote, RemoteError
@@ -110,6 +112,28 @@ def test_a_remote_manifest_is_written_down_once(server: Server, tmp_path: Path) 
     assert len(server.asked) == 1
     (example,) = good_examples(first)
     assert clips_of(example) == (Clip(server.url("/a%20b/c%20d.wav"), None),)
+
+
+def test_a_remote_manifest_that_changed_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+    """At the next start; a run that reads the old copy goes on, and where nobody answers the last one is read."""
+    url = server.url("/m.jsonl")
+
+    def at_a_start(target: str | None) -> tuple[str, list[str]]:
+        remote_module._STATES.clear()
+        if target is not None:
+            record = {"id": "u", "audio": "a.wav", "task": "asr", "target": target}
+            server.files["/m.jsonl"] = (json.dumps(record) + "\n").encode()
+        (manifest,) = find_manifests("s", SourceConfig([url]), remote(tmp_path))
+        return manifest.path, [example.target for example in good_examples([manifest])]  # type: ignore[union-attr]
+
+    first, found = at_a_start("one")
+    assert (found, at_a_start("one")) == (["one"], (first, ["one"]))
+    second, found = at_a_start("two")
+    assert found == ["two"]
+    assert "one" in Path(first).read_text()
+    assert len(server.asked) == 2
+    server.files.clear()
+    assert at_a_start(None) == (second, ["two"])
 
 
 def test_what_nobody_will_answer_is_not_asked_again(tmp_path: Path) -> None:
