@@ -1,11 +1,13 @@
-"""Score a checkpoint on held-out manifests, compare two evaluations, or have one judged.
+"""Score a checkpoint on held-out manifests, compare two evaluations, have one judged, or score what others answer.
 
     torchrun launch/evaluate.py checkpoint=runs/mine manifests.dev=dev.jsonl
     python   launch/evaluate.py compare first=runs/base/evaluation second=runs/mine/evaluation
     python   launch/evaluate.py judge evaluation=runs/mine/evaluation judge.base_url=https://... judge.model=...
+    python   launch/evaluate.py api manifests.dev=dev.jsonl output_dir=scores api.base_url=https://... api.model=...
+    python   launch/evaluate.py vllm checkpoint=exported manifests.dev=dev.jsonl output_dir=scores
 
-Without a command the keys are those of recipes/evaluate.yaml; those of the commands are the fields of CompareOptions
-and JudgeOptions.
+Without a command the keys are those of recipes/evaluate.yaml; those of the commands are the fields of CompareOptions,
+JudgeOptions, ApiOptions and VllmOptions.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.config.tools import EvaluateConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.evaluation.backends.api import ApiOptions, evaluate_api
+from qwen2audio_train.evaluation.backends.vllm import VllmOptions, evaluate_vllm
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions, judge_evaluation, judgement_table
 from qwen2audio_train.evaluation.reporting.compare import CompareOptions, compare, comparison_table
 from qwen2audio_train.evaluation.reporting.stage_record import save_stage
-from qwen2audio_train.evaluation.scoring.evaluate import evaluate, save, table
+from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, evaluate, save, table
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores, score_pairs
 from qwen2audio_train.training.stages.decoded import some_of_each
 from qwen2audio_train.training.stages.policy import load_for_inference
@@ -89,7 +93,28 @@ def run_judge(options: JudgeOptions) -> int:
     return 0
 
 
-COMMANDS: Commands = {"compare": (CompareOptions, run_compare), "judge": (JudgeOptions, run_judge)}
+def run_api(options: ApiOptions) -> int:
+    return shown(evaluate_api(options))
+
+
+def run_vllm(options: VllmOptions) -> int:
+    return shown(evaluate_vllm(options))
+
+
+def shown(found: Evaluation) -> int:
+    """Print a backend's scores; the exit status is 1 where examples have no answer."""
+    print("\n".join([table(found.rows), *(f"note: {caveat}" for caveat in found.caveats)]))
+    for name, reason in found.failed.items():
+        print(f"left out: {name}: {reason}")
+    return int(bool(found.failed))
+
+
+COMMANDS: Commands = {
+    "compare": (CompareOptions, run_compare),
+    "judge": (JudgeOptions, run_judge),
+    "api": (ApiOptions, run_api),
+    "vllm": (VllmOptions, run_vllm),
+}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from qwen2audio_train.data.tools.quiet import QuietOptions
 from qwen2audio_train.data.tools.shards import ShardOptions
 from qwen2audio_train.data.tools.show import ShowOptions
 from qwen2audio_train.data.tools.stats import IndexOptions, VisualizeOptions
+from qwen2audio_train.evaluation.backends.api import ApiOptions
+from qwen2audio_train.evaluation.backends.vllm import VllmOptions
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions
 from qwen2audio_train.evaluation.reporting.compare import CompareOptions
 from qwen2audio_train.evaluation.reporting.write import ReportOptions
@@ -35,6 +37,8 @@ SCHEMAS: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "evaluate compare": CompareOptions,
     "evaluate judge": JudgeOptions,
+    "evaluate api": ApiOptions,
+    "evaluate vllm": VllmOptions,
     "report": ReportOptions,
     "export": ExportConfig,
     "average": AverageOptions,

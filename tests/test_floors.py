@@ -16,7 +16,10 @@ DATA = (
     *("data.storage", "data.examples", "data.quarantine", "data.prompts", "data.manifests", "data.order", "data.audio"),
     *("data.samples", "data.loading", "data.tools"),
 )
-EVALUATION = ("evaluation.decoding", "evaluation.scoring", "evaluation.judging", "evaluation.reporting")
+EVALUATION = (
+    *("evaluation.decoding", "evaluation.scoring", "evaluation.judging", "evaluation.backends"),
+    "evaluation.reporting",
+)
 TRAINING = (
     *("training.checkpoints", "training.reference", "training.trainers", "training.stages", "training.chain"),
     "planning",

@@ -1,4 +1,4 @@
-"""A client for any endpoint that speaks OpenAI's chat completions: cached, rate-limited, with a bound on cost.
+"""A client for endpoints of OpenAI's chat completions or Gemini's form: cached, rate-limited, with a bound on cost.
 
 Nothing is paid for twice: every reply is written to disk under the hash of its request before it is used, so a run
 that was cut off goes on where it stopped. What was spent stands in the same folder, in `spent.jsonl`: the most that a
@@ -27,10 +27,11 @@ from typing import Any
 from qwen2audio_train.config.bounds import nearest
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.errors import UserError
+from qwen2audio_train.evaluation.judging import forms
 
 LEDGER = "spent.jsonl"
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class JudgeError(UserError):
@@ -50,6 +51,7 @@ class Endpoint:
         api_key_variable: environment variable that holds the key; unset, no key is sent.
         cache_dir: folder of the replies.
         requests_per_minute: bound over all threads; None is none.
+        form: `openai` (chat completions) or `gemini` (generateContent).
         price_per_million: of prompt and of completion tokens, in any currency.
         max_cost: bound, in the same currency, on all that was ever spent with this `cache_dir`.
         max_wait_s: longest pause between two tries.
@@ -59,6 +61,7 @@ class Endpoint:
     model: str
     cache_dir: str | Path
     api_key_variable: str = "OPENAI_API_KEY"
+    form: str = "openai"
     max_tokens: int = 16
     timeout_s: float = 60.0
     max_tries: int = 8
@@ -109,21 +112,20 @@ class Client:
         known = _read_json(path)
         if known is not None:
             return Reply(**known["reply"], from_cache=True)
-        most = self._price(sum(len(m["content"]) for m in messages) // 2, self.endpoint.max_tokens)
+        most = self._price(forms.most_tokens(messages), self.endpoint.max_tokens)
         reply = self._try(request, most)
         fields = {name: value for name, value in vars(reply).items() if name != "from_cache"}
-        _write_json(path, {"request": request, "reply": fields})
+        _write_json(path, {"request": forms.without_audio(request), "reply": fields})
         if reply.prompt_tokens:
             self._book(self._price(reply.prompt_tokens, reply.completion_tokens) - most)
         return reply
 
     def _request(self, messages: Messages) -> dict[str, Any]:
-        return {
-            "model": self.endpoint.model,
-            "messages": [dict(message) for message in messages],
-            "temperature": 0,
-            "max_tokens": self.endpoint.max_tokens,
-        }
+        return self._form.request(self.endpoint.model, messages, self.endpoint.max_tokens)
+
+    @property
+    def _form(self) -> forms.Form:
+        return forms.FORMS[self.endpoint.form]
 
     def _cache_path(self, request: dict[str, Any]) -> Path:
         text = json.dumps([self.endpoint.base_url, request], sort_keys=True, ensure_ascii=False)
@@ -185,22 +187,16 @@ class Client:
             self.sleep(start - now)
 
     def _send(self, request: dict[str, Any]) -> Reply:
-        headers = {"Content-Type": "application/json"}
         key = os.environ.get(self.endpoint.api_key_variable)
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        url = self.endpoint.base_url.rstrip("/") + "/chat/completions"
+        headers = {"Content-Type": "application/json", **(self._form.headers(key) if key else {})}
+        url = self.endpoint.base_url.rstrip("/") + self._form.path(self.endpoint.model)
         post = urllib.request.Request(url, json.dumps(request).encode(), headers, method="POST")
         with urllib.request.urlopen(post, timeout=self.endpoint.timeout_s) as response:
-            body = json.load(response)
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        text = choice["message"].get("content") or ""
-        refusal = bool(choice["message"].get("refusal")) or choice.get("finish_reason") == "content_filter"
-        return Reply(text, refusal, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+            return Reply(*self._form.reply(json.load(response)))
 
 
-def client_of(given: Mapping[str, Any], cache_dir: str) -> Client:
-    """The client of a recipe's `judge`, whose keys are the fields of `Endpoint`.
+def client_of(given: Mapping[str, Any], cache_dir: str, name: str = "judge") -> Client:
+    """The client of the options below `name`, which are the fields of `Endpoint`.
 
     Raises:
         ConfigError: an unknown key, or no base_url or model.
@@ -209,10 +205,12 @@ def client_of(given: Mapping[str, Any], cache_dir: str) -> Client:
     known = [item.name for item in fields(Endpoint)]
     for key in settings:
         if key not in known:
-            raise ConfigError(f"judge.{key}: unknown key; {nearest(key, known, 'judge.')}")
+            raise ConfigError(f"{name}.{key}: unknown key; {nearest(key, known, f'{name}.')}")
     for key in ("base_url", "model"):
         if key not in settings:
-            raise ConfigError(f"judge.{key}: no value was given, and a judge needs one; set judge.{key}=...")
+            raise ConfigError(f"{name}.{key}: no value was given, and it is needed; set {name}.{key}=...")
+    if (form := settings.get("form", "openai")) not in forms.FORMS:
+        raise ConfigError(f"{name}.form={form}: expected one of {', '.join(forms.FORMS)}")
     return Client(Endpoint(**settings))
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qwen2audio_train.evaluation.decoding.kept import KeptAnswers, weights_key
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
 from qwen2audio_train.evaluation.scoring.likelihood import held_out_loss, score_labels
-from qwen2audio_train.evaluation.scoring.normalise import caveats
+from qwen2audio_train.evaluation.scoring.normalise import caveats as language_caveats
 from qwen2audio_train.evaluation.scoring.options import option_rows
 from qwen2audio_train.evaluation.scoring.score import Row, check_libraries, score_texts
 from qwen2audio_train.evaluation.scoring.table import NAMES, aligned, extra_text, interval_text, value_text
@@ -98,29 +98,52 @@ def evaluate(
     learnable = [e for e, item in zip(prompts.examples, items, strict=True) if item.reference is not None]
     whole = LazySamples(learnable, tokenizer, recipe, for_generation=False)
     loss = held_out_loss(learnable, score_labels(model, tokenizer, whole, decoding.tokens_per_batch))
-    answered = [
-        (item, text, example)
-        for item, text, example in zip(items, texts, prompts.examples, strict=True)
-        if text is not None
-    ]
-    decoded = [(item, text) for item, text, _ in answered]
-    rows = score_texts(decoded, Seen.of(train_examples), bootstrap_samples=bootstrap_samples, seed=seed)
+    found = evaluation_of(
+        prompts.examples,
+        texts,
+        prompts.failed,
+        train_examples=train_examples,
+        caveats=_long_audio(prompts),
+        settings={**settings, "seed": seed, "dtype": str(unwrap(model).dtype).removeprefix("torch.")},
+        bootstrap_samples=bootstrap_samples,
+        seed=seed,
+    )
+    rows = found.rows
     if label_likelihood:
         asked = list(zip(items, prompts.examples, strict=True))
-        drawn: dict[str, Any] = {
-            "samples": bootstrap_samples,
-            "seed": seed,
-            "tokens_per_batch": decoding.tokens_per_batch,
-        }
-        rows += option_rows(model, tokenizer, asked, recipe, audio=audio, **drawn)
+        drawn = {"samples": bootstrap_samples, "seed": seed, "tokens_per_batch": decoding.tokens_per_batch}
+        rows = (*rows, *option_rows(model, tokenizer, asked, recipe, audio=audio, **drawn))
+    return dataclasses.replace(found, rows=rows, loss=loss, wall_s=time.perf_counter() - started)
+
+
+def evaluation_of(
+    examples: Sequence[Example],
+    texts: Sequence[str | None],
+    failed: Mapping[int, str],
+    *,
+    train_examples: Iterable[Example] = (),
+    caveats: Sequence[str] = (),
+    settings: Mapping[str, Any],
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Score texts that are there, whoever wrote them.
+
+    Args:
+        texts: the answer to every example; None where there is none, for the reason in `failed` by place.
+    """
+    items = [item for item in map(item_of, examples) if item is not None]
+    answered = [one for one in zip(items, texts, examples, strict=True) if one[1] is not None]
+    decoded = [(item, text or "") for item, text, _ in answered]
+    rows = score_texts(decoded, Seen.of(train_examples), bootstrap_samples=bootstrap_samples, seed=seed)
     return Evaluation(
         rows=tuple(rows),
-        loss=loss,
-        texts=tuple(_text_record(*one) for one in answered),
-        failed={prompts.examples[index].id: reason for index, reason in sorted(prompts.failed.items())},
-        caveats=(*caveats(item.language for item in items if item.metric == "error_rate"), *_long_audio(prompts)),
-        settings={**settings, "seed": seed, "dtype": str(unwrap(model).dtype).removeprefix("torch.")},
-        wall_s=time.perf_counter() - started,
+        loss={},
+        texts=tuple(_text_record(item, text or "", example) for item, text, example in answered),
+        failed={examples[place].id: reason for place, reason in sorted(failed.items())},
+        caveats=(*language_caveats(item.language for item in items if item.metric == "error_rate"), *caveats),
+        settings=dict(settings),
+        wall_s=0.0,
     )
 
 
