@@ -1,9 +1,11 @@
 """One page, or tables, from any set of evaluations.
 
     python launch/report.py results.base=runs/base/evaluation results.mine=runs/mine/evaluation output=report.html
+    python launch/report.py runs.base=runs/base runs.mine=runs/mine output=training.html
 
 .html is one self-contained page: all numbers beside published ones, intervals, where the errors are, confusions, and
-the worst examples with their audio. .md and .tex are the table alone. The keys are the fields of ReportOptions; a YAML
+the worst examples with their audio. .md and .tex are the table alone. With `runs` it shows how runs
+trained, from their log.jsonl alone. The keys are the fields of ReportOptions; a YAML
 file may hold any of them, and keys on the command line win.
 """
 
