@@ -64,7 +64,8 @@ def finetune(config: FinetuneConfig, compose: Compose, launch_folder: Path, comm
     summary = gather(config, found, plan, {name: entry.wall_s for name, entry in ledger.entries.items()})
     write_whole(run_dir / "summary.json", [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
     results = {name: str(run_dir / name) for name in ("before", "after")}
-    page = write_results(ReportOptions(results, str(run_dir / "report.html"), f"Fine-tune: {config.name}"))
+    options = ReportOptions(results, output=str(run_dir / "report.html"), title=f"Fine-tune: {config.name}")
+    page = write_results(options)
     write_card(config, summary, plan, command, run_dir / "export")
     nothing = [] if any(done) else [f"nothing to do: {run_dir} is finished"]
     return "\n".join([*nothing, outcome_table(summary), f"model: {run_dir / 'export'}", f"report: {page}"])
