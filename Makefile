@@ -76,8 +76,9 @@ docs: install ## the site of docs/, into site/
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
-docs-keys: install ## docs/config_keys.md from the schema
+docs-keys: install ## docs/config_keys.md from the schema, docs/benchmarks.md from benchmarks.yaml
 	$(BIN)/python launch/keys.py > docs/config_keys.md
+	$(BIN)/python -m qwen2audio_train.evaluation.reporting.benchmarks_page > docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) $(THERE) data_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
