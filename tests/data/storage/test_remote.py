@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from io import BytesIO
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -185,12 +187,23 @@ def test_many_readers_fetch_once(server: Server, tmp_path: Path) -> None:
 
 
 def test_fsspec_protocols(tmp_path: Path) -> None:
-    fsspec = pytest.importorskip("fsspec")
     with fsspec.open("memory://x/a.bin", "wb") as file:
         file.write(b"abc")
     assert remote(tmp_path).read("memory://x/a.bin", 10) == b"abc"
     with pytest.raises(RemoteError, match="cannot be fetched"):
         remote(tmp_path).read("memory://x/none", 10)
+
+
+def test_half_of_a_file_is_never_taken_for_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the protocol: its file says how long it is, and ends before."""
+
+    class Half(BytesIO):
+        size = 10
+
+    monkeypatch.setattr(fsspec, "open", lambda *args: Half(b"12345"))
+    with pytest.raises(RemoteError, match="the connection ended after 5 of 10 bytes"):
+        remote(tmp_path).shard("memory://x/half.tar")
+    assert not list((tmp_path / "cache" / "shards").glob("*.tar"))
 
 
 def test_training_from_remote_shards(server: Server, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
