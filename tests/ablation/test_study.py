@@ -83,7 +83,7 @@ def test_nested_keys_are_overrides() -> None:
 
 
 def trained(noise: Path, folder: Path, *overrides: str) -> Path:
-    train(recipe(noise, folder, "trainer.max_steps=1", *overrides))
+    train(recipe(noise, folder, "trainer.max_steps=1", "model.vocab_size=330", *overrides))
     return folder
 
 
