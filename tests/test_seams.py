@@ -100,6 +100,8 @@ CALLED = {
     "accelerate.Accelerator.gather_for_metrics": "self input_data",
     "peft.get_peft_model_state_dict": "model state_dict",
     "peft.PeftModel.delete_adapter": "self adapter_name",
+    "sacrebleu.metrics.CHRF._extract_corpus_statistics": "self hypotheses references",
+    "sacrebleu.metrics.CHRF._compute_score_from_stats": "self stats",
     "deepspeed.zero.GatheredParameters": "params modifier_rank",
 }
 """Functions that are called and are nobody's documented interface, or have changed before -> their first parameters."""

@@ -66,9 +66,9 @@ def misfits_together(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _best_misfits(given: Mapping[str, Any]) -> Iterator[str]:
-    best = str(given.get("metric_for_best_model") or "").removeprefix("eval_")
-    parts = best.split("/")[:2]
-    if best != "loss" and LOWER & set(parts) and given.get("greater_is_better") is None:
+    best = str(given.get("metric_for_best_model") or "")
+    *kinds, _ = best.removeprefix("eval_").split("/")
+    if LOWER & set(kinds) and given.get("greater_is_better") is None:
         yield f"trainer.metric_for_best_model={best}: the lower the better; set trainer.greater_is_better=false"
 
 

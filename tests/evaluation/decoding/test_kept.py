@@ -61,6 +61,7 @@ def test_what_was_answered_is_not_decoded_again(clips, whole, tmp_path, monkeypa
             evaluated(clips, tmp_path, 24)
     path = tmp_path / "answers.0.jsonl"
     path.write_bytes(path.read_bytes()[:-9])  # cut off in the middle of a line
+    path.rename(tmp_path / "answers.3.jsonl")  # as if by a rank that there is no longer
     counts = decoded(monkeypatch)
     evaluated(clips, tmp_path, 24)
     assert 0 < sum(counts) < 24
