@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.model import encoder_cache
+from qwen2audio_train.model.encoder_cache import EncoderCache
 from qwen2audio_train.training.stages.arguments import training_arguments
 from tests.runs import build_trainer, logged, recipe, train
 
@@ -18,13 +18,13 @@ EPOCHS = ("trainer.max_steps=8", "model.freeze.audio_tower=true", "data.tokens_p
 
 def test_a_second_epoch_does_not_run_the_tower(noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
-    run = encoder_cache.encode_packed
+    run = EncoderCache._run
 
-    def counted(tower: Any, mel: Any, clip_frames: Any) -> Any:
+    def counted(self: Any, listen: Any, slots: Any, clip_frames: Any) -> Any:
         encoded.append(len(clip_frames))
-        return run(tower, mel, clip_frames)
+        return run(self, listen, slots, clip_frames)
 
-    monkeypatch.setattr(encoder_cache, "encode_packed", counted)
+    monkeypatch.setattr(EncoderCache, "_run", counted)
     cached = (*EPOCHS, f"model.encoder_cache_dir={tmp_path}/cache")
     cold: Any = train(recipe(noise, tmp_path / "cold", *cached))
     cache = cold.model.model.encoder_cache
