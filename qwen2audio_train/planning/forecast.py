@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from transformers import PreTrainedConfig
+
 from qwen2audio_train.config.bounds import at_least
 from qwen2audio_train.config.preference import Objective, Reference
 from qwen2audio_train.config.schema import CheckpointingPolicy, ConfigError, Stage, StageConfig
@@ -163,60 +165,20 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
     Raises:
         ConfigError: the stage or the adapter is not one that the model of costs knows, or a sample fits no pack.
     """
-    config, data = plan.config, plan.config.data
-    if config.stage is Stage.encoder:
-        raise ConfigError("stage=encoder: its small model is not in the model of costs; plan pretrain, sft or dpo")
-    if config.adapter.kind.value == "qlora":
-        raise ConfigError("adapter.kind=qlora: four-bit weights are not in the model of costs; plan adapter.kind=lora")
+    config = plan.config
+    check_known(config)
     architecture = architecture_config(config.model, None)
-    one = typical.load
-    per_pack = data.samples_per_pack or data.tokens_per_pack // one.tokens
-    if not per_pack:
-        raise ConfigError(
-            f"data.tokens_per_pack={data.tokens_per_pack}: the typical sample has {one.tokens} tokens; allow more"
-        )
-    samples = per_pack * data.packs_per_forward
-    load = repeated(one, samples)
-    trained = [part for part, count in plan.trained.items() if count]
-    adapter = sum(plan.adapter.values())
-    adapted = [part for part, count in plan.adapter.items() if count]
-    checkpointed = config.model.activation_checkpointing
-    selective = config.model.activation_checkpointing_policy is CheckpointingPolicy.selective
-    stage, precision = config.deepspeed.stage, precision_of(config)
-    copies = 2 if has_frozen_reference(config) else 1
-    float32_copy = stage is not None and precision == "bfloat16"
-    memory = step_memory(
-        architecture,
-        load,
-        plan.parameters,
-        trained=trained,
-        adapter_parameters=adapter,
-        adapted=adapted,
-        adapter=low_rank_of(config),
-        checkpointed=checkpointed,
-        selective=selective,
-        stage=stage or 0,
-        ranks=options.gpus,
-        precision=precision,
-        state_bytes=optimizer_bytes(plan.arguments.optim, PRECISIONS[precision].weight, float32_copy=float32_copy),
-        gradient_bytes=4 if float32_copy and sums_in_float32(config, options.gpus) else None,
-        copies=copies,
-        offload_optimizer=config.deepspeed.offload_optimizer,
-        offload_parameters=config.deepspeed.offload_parameters,
-    )
-    passes = {"trained": trained, "adapted": adapted}
-    useful = sum(training_flops(architecture, load, **passes).values())
-    flops = sum(training_flops(architecture, load, **passes, checkpointed=() if selective else checkpointed).values())
-    if config.stage is Stage.dpo and config.preference.reference is not Reference.cached:
-        reference = sum(forward_flops(architecture, load).values())
-        useful, flops = useful + reference, flops + reference
+    samples = samples_per_forward(config, typical.load)
+    load = repeated(typical.load, samples)
+    useful, flops = step_flops(plan, architecture, load)
     forwards = forwards_per_step(config, options.gpus)
-    learned = adapter + sum(plan.parameters[part] for part in trained)
+    stage = config.deepspeed.stage
+    learned = sum(plan.adapter.values()) + sum(plan.parameters[part] for part, count in plan.trained.items() if count)
     sent = sum(plan.parameters.values()) if stage == 3 else learned
     return Forecast(
         samples=samples,
         load=load,
-        memory=memory,
+        memory=memory_of(plan, architecture, load, options.gpus),
         speed=throughput(
             load,
             flops,
@@ -229,6 +191,66 @@ def forecast(plan: Plan, typical: Typical, options: PlanOptions) -> Forecast:
         useful_share=useful / flops,
         traffic=traffic_bytes(sent, stage or 0, forwards) if options.gpus > 1 else 0.0,
     )
+
+
+def check_known(config: StageConfig) -> None:
+    """Raises ConfigError for what the model of costs does not know."""
+    if config.stage is Stage.encoder:
+        raise ConfigError("stage=encoder: its small model is not in the model of costs; plan pretrain, sft or dpo")
+    if config.adapter.kind.value == "qlora":
+        raise ConfigError("adapter.kind=qlora: four-bit weights are not in the model of costs; plan adapter.kind=lora")
+
+
+def samples_per_forward(config: StageConfig, one: Load) -> int:
+    """Typical samples that a forward holds. Raises ConfigError where a pack does not take one."""
+    data = config.data
+    per_pack = data.samples_per_pack or data.tokens_per_pack // one.tokens
+    if not per_pack:
+        raise ConfigError(
+            f"data.tokens_per_pack={data.tokens_per_pack}: the typical sample has {one.tokens} tokens; allow more"
+        )
+    return per_pack * data.packs_per_forward
+
+
+def memory_of(plan: Plan, architecture: PreTrainedConfig, load: Load, gpus: int) -> Memory:
+    """Memory of a step of one GPU."""
+    config, stage, precision = plan.config, plan.config.deepspeed.stage, precision_of(plan.config)
+    float32_copy = stage is not None and precision == "bfloat16"
+    return step_memory(
+        architecture,
+        load,
+        plan.parameters,
+        trained=[part for part, count in plan.trained.items() if count],
+        adapter_parameters=sum(plan.adapter.values()),
+        adapted=[part for part, count in plan.adapter.items() if count],
+        adapter=low_rank_of(config),
+        checkpointed=config.model.activation_checkpointing,
+        selective=config.model.activation_checkpointing_policy is CheckpointingPolicy.selective,
+        stage=stage or 0,
+        ranks=gpus,
+        precision=precision,
+        state_bytes=optimizer_bytes(plan.arguments.optim, PRECISIONS[precision].weight, float32_copy=float32_copy),
+        gradient_bytes=4 if float32_copy and sums_in_float32(config, gpus) else None,
+        copies=2 if has_frozen_reference(config) else 1,
+        offload_optimizer=config.deepspeed.offload_optimizer,
+        offload_parameters=config.deepspeed.offload_parameters,
+    )
+
+
+def step_flops(plan: Plan, architecture: PreTrainedConfig, load: Load) -> tuple[int, int]:
+    """Operations of a forward and backward: those that are of use, and with what is computed twice."""
+    model, dpo = plan.config.model, plan.config.stage is Stage.dpo
+    passes = {
+        "trained": [part for part, count in plan.trained.items() if count],
+        "adapted": [part for part, count in plan.adapter.items() if count],
+    }
+    selective = model.activation_checkpointing_policy is CheckpointingPolicy.selective
+    twice = () if selective else model.activation_checkpointing
+    useful = sum(training_flops(architecture, load, **passes).values())
+    flops = sum(training_flops(architecture, load, **passes, checkpointed=twice).values())
+    live = dpo and plan.config.preference.reference is not Reference.cached
+    reference = sum(forward_flops(architecture, load).values()) if live else 0
+    return useful + reference, flops + reference
 
 
 def print_forecast(plan: Plan, options: PlanOptions) -> Forecast:

@@ -69,13 +69,7 @@ def build_batches(
         maker = dataclasses.replace(maker, max_tokens=None)
     shown = rank == 0 and not keep_too_long  # held-out examples are read at every evaluation: the trainer tells once
     quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share, shown=shown)
-    streaming = [name for name, source in data.sources.items() if source.streaming]
-    if streaming:
-        if len(streaming) < len(data.sources) or epochs is not None:
-            raise ConfigError(
-                f"data.sources.{streaming[0]}.streaming: streams have no end and do not mix with indexed sources; set "
-                "it for all sources and train by steps, or for none"
-            )
+    if _all_stream(data, epochs):
         return build_streams(data, maker, quarantine, rank, world_size)
     indexes = {name: open_source(name, source, data, maker) for name, source in sorted(data.sources.items())}
     planner = build_planner(data, indexes, keep_too_long)
@@ -97,6 +91,17 @@ def build_batches(
         prefetch=remote_of(data).prefetch,
         num_bad_lines=quarantine.num_bad,
     )
+
+
+def _all_stream(data: DataConfig, epochs: int | None) -> bool:
+    """Whether the sources are streams. Raises ConfigError where some are, or all are and should end."""
+    streaming = [name for name, source in data.sources.items() if source.streaming]
+    if streaming and (len(streaming) < len(data.sources) or epochs is not None):
+        raise ConfigError(
+            f"data.sources.{streaming[0]}.streaming: streams have no end and do not mix with indexed sources; set "
+            "it for all sources and train by steps, or for none"
+        )
+    return bool(streaming)
 
 
 def eval_batches(

@@ -70,12 +70,28 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         ConfigError: for a key below `trainer` that the class does not have, that the recipe decides elsewhere, or
             whose value has the wrong type or is out of its bounds.
     """
+    kind = arguments_class(config)
+    check_arguments(config, kind)
+    values = argument_values(config, kind)
+    optim = values.get("optim")
+    if optim in OWN_OPTIMIZERS:  # Trainer's class knows its own names alone
+        del values["optim"]
+    try:
+        arguments = kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"trainer: {error}") from error
+    if optim in OWN_OPTIMIZERS:
+        arguments.optim = optim
+    return arguments
+
+
+def check_arguments(config: StageConfig, kind: type[TrainingArguments]) -> None:
+    """Raises ConfigError for what the recipe cannot ask of a trainer."""
     if config.deepspeed.stage is not None and "RANK" not in os.environ:
         raise ConfigError(f"deepspeed.stage={config.deepspeed.stage}: start it with torchrun, also for a single rank")
     check_patience(config)
     check_encoder_cache(config)
     check_compiled_activations(config)
-    kind = arguments_class(config)
     check_trainer_keys(config.trainer, kind)
     for key in ("eval_strategy", "eval_on_start"):
         if config.trainer.get(key, "no") not in ("no", False) and not (
@@ -84,6 +100,10 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
             raise ConfigError(
                 f"trainer.{key}={config.trainer[key]}: there are no data.eval_sources and no decoded.manifests"
             )
+
+
+def argument_values(config: StageConfig, kind: type[TrainingArguments]) -> dict[str, Any]:
+    """What the class is called with: our defaults, the recipe's keys, and what packed batches leave no choice about."""
     values: dict[str, Any] = {
         "max_steps": DEFAULT_MAX_STEPS,
         "logging_steps": 10,
@@ -116,16 +136,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
     names = {field.name for field in dataclasses.fields(kind)}
     if "activation_checkpointing" not in names:
         values["gradient_checkpointing"] = values.pop("activation_checkpointing")
-    optim = values.get("optim")
-    if optim in OWN_OPTIMIZERS:  # Trainer's class knows its own names alone
-        del values["optim"]
-    try:
-        arguments = kind(**values)
-    except ValueError as error:
-        raise ConfigError(f"trainer: {error}") from error
-    if optim in OWN_OPTIMIZERS:
-        arguments.optim = optim
-    return arguments
+    return values
 
 
 def check_patience(config: StageConfig) -> None:
