@@ -60,7 +60,7 @@ class PaddedPacks(Packs):
 class PaddedEncoder(PackedQwen2AudioModel):
     """The tower's stock forward over windows of 30 s, whose padding is masked as the stock model masks it."""
 
-    def encode(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+    def encode(self, mel: Tensor, clip_frames: Tensor, index: Any = None) -> Tensor:
         frames = clip_frames.tolist()
         positions = self.audio_tower.max_source_positions
         attended = _before([num_encoder_frames(f) for f in frames], positions, mel.device)

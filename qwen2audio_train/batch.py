@@ -4,7 +4,7 @@ Shapes: N tokens of the row, M targets, S segments, K keys, A encoder windows, F
 of transcripts; B pairs, or R answers one by one, in rows of T tokens. `data/samples/collate.py` has an example of each.
 """
 
-from typing import Annotated, NotRequired, TypedDict, cast
+from typing import Annotated, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,11 +36,14 @@ class Segments(TypedDict):
 
     Attributes:
         cu_q, cu_k: (S + 1,) borders of the segments among queries and among keys.
+        max_q, max_k: length of the longest of each, a number, so that nothing is read back from a GPU.
         key_index: (K,) places of the keys, where a segment attends to more than itself.
     """
 
     cu_q: Borders
     cu_k: Borders
+    max_q: int
+    max_k: int
     key_index: NotRequired[Ids]
 
 
@@ -113,5 +116,5 @@ Batch = PackedBatch | PreferenceBatch | UnpairedBatch
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
-    """The batch as a plain mapping, for what treats all of its tensors alike."""
-    return cast(dict[str, Tensor], batch)
+    """The batch without its plain numbers, for what treats all of its tensors alike."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from qwen2audio_train.layout import num_frames, window_samples
+
+
+def nothing(clip_frames: Sequence[int]) -> dict[str, Any]:
+    """No index: the tower finds out on the device."""
+    return {}
 
 
 def one_after_the_other(num_tokens: int, audio_slot: np.ndarray) -> np.ndarray:
@@ -37,6 +43,8 @@ class Family:
         num_audio_tokens: mel frames of a clip -> embeddings that the language model gets for it, at least one for the
             shortest clip that is taken (`layout.MIN_FRAMES`).
         mel_columns: mel frames of a clip -> columns that it takes in a packed spectrogram.
+        clip_index: mel frames of packed clips, at least one -> arrays and numbers that say where they lie, named
+            `clip_...`; made in the workers, so that no forward has to wait for the device to tell it.
         lookahead_frames: frames after a clip's end that its last embedding sees (of the padding, as the stock extractor
             has it).
         model_class, processor_class: transformers' classes that read what is exported.
@@ -77,6 +85,7 @@ class Family:
     encoder_stem: str
     adapter_targets: Mapping[str, str]
     blocks: tuple[str, ...]
+    clip_index: Callable[[Sequence[int]], dict[str, Any]] = nothing
     positions: Callable[[int, np.ndarray], np.ndarray] = one_after_the_other
 
     def num_clip_tokens(self, num_samples: int) -> int:

@@ -5,6 +5,11 @@ Source: the published checkpoints `Qwen/Qwen2-Audio-7B` and `-Instruct`, and tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
 from qwen2audio_train.families.family import Family
 
 
@@ -28,6 +33,33 @@ def mel_columns(frames: int) -> int:
     return (frames + 4) // 2 * 2
 
 
+def clip_index(clip_frames: Sequence[int]) -> dict[str, Any]:
+    """Where clips of so many mel frames lie in a packed spectrogram of F columns: see `model.encoder.ClipIndex`."""
+    frames = np.array(clip_frames)
+    columns, lengths, tokens = (
+        np.array([length(f) for f in clip_frames]) for length in (mel_columns, num_encoder_frames, num_audio_tokens)
+    )
+    within_and_after = np.stack([frames + 1, columns - frames - 1], axis=1).ravel()
+    positions = _ranges(lengths)
+    return {
+        "clip_outside": np.repeat(np.tile([False, True], len(frames)), within_and_after),
+        "clip_columns": positions + np.repeat(_starts(columns) // 2, lengths),
+        "clip_positions": positions,
+        "clip_cu": np.cumsum([0, *lengths]).astype(np.int32),
+        "clip_longest": int(lengths.max()),
+        "clip_pooled": _ranges(2 * tokens) + np.repeat(_starts(lengths), 2 * tokens),
+    }
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.cumsum(lengths) - lengths
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """0 .. length - 1 for every length, end to end."""
+    return np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
+
+
 QWEN2_AUDIO = Family(
     name="qwen2_audio",
     audio_token="<|AUDIO|>",
@@ -46,6 +78,7 @@ QWEN2_AUDIO = Family(
     num_encoder_frames=num_encoder_frames,
     num_audio_tokens=num_audio_tokens,
     mel_columns=mel_columns,
+    clip_index=clip_index,
     lookahead_frames=2,
     model_class="Qwen2AudioForConditionalGeneration",
     processor_class="Qwen2AudioProcessor",

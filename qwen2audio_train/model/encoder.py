@@ -10,55 +10,41 @@ padding does at the borders of a window.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2AudioEncoder
 
-from qwen2audio_train.families.qwen2_audio import mel_columns, num_audio_tokens, num_encoder_frames
+from qwen2audio_train.families.qwen2_audio import clip_index
+
+Clips = Mapping[str, Any]
+"""Index tensors of packed clips by their names in a batch, which begin with `clip_`."""
 
 
 class ClipIndex(NamedTuple):
-    """Where things lie in a packed spectrogram."""
+    """Where packed clips lie in their spectrogram: `families.qwen2_audio.clip_index` as tensors."""
 
     outside: Tensor  # (F,) bool: columns after frame L of their clip
-    frames: Tensor  # (E,) columns (of F / 2) that survive the second convolution
+    columns: Tensor  # (E,) columns (of F / 2) that survive the second convolution
     positions: Tensor  # (E,) frame number within the clip
     cu: Tensor  # (A + 1,) int32 borders of clips in E
     longest: int  # frames of the longest clip
     pooled: Tensor  # (2 n,) frames of E that meet the average pooling
 
-
-def clip_index(clip_frames: Tensor) -> ClipIndex:
-    """Index tensors of clips of `clip_frames` (A,) mel frames, on that tensor's device."""
-    mel = clip_frames.tolist()
-    columns = torch.tensor([mel_columns(f) for f in mel])
-    kept = torch.tensor(mel) + 1
-    lengths = torch.tensor([num_encoder_frames(f) for f in mel])
-    used = torch.tensor([2 * num_audio_tokens(f) for f in mel])
-    outside = torch.tensor([False, True]).repeat(len(mel))
-    starts, first = columns.cumsum(0) - columns, lengths.cumsum(0) - lengths
-    positions = _ranges(lengths)
-    device = clip_frames.device
-    return ClipIndex(
-        outside=outside.repeat_interleave(torch.stack([kept, columns - kept], dim=1).flatten()).to(device),
-        frames=(positions + (starts // 2).repeat_interleave(lengths)).to(device),
-        positions=positions.to(device),
-        cu=F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
-        longest=max(lengths.tolist()),
-        pooled=(_ranges(used) + first.repeat_interleave(used)).to(device),
-    )
+    @classmethod
+    def of(cls, clip_frames: Tensor, batch: Clips | None) -> ClipIndex:
+        """That of a batch, or else made of the clips' frames (A,), for which the host waits for the device."""
+        if batch is None:
+            made = clip_index(clip_frames.tolist())
+            arrays = {name: value for name, value in made.items() if name != "clip_longest"}
+            batch = made | {name: torch.from_numpy(v).to(clip_frames.device) for name, v in arrays.items()}
+        return cls(*(batch[f"clip_{name}"] for name in cls._fields))
 
 
-def _ranges(lengths: Tensor) -> Tensor:
-    """0 .. length - 1 for every length, end to end."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
-
-
-def encode_packed(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor) -> Tensor:
+def encode_packed(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:
     """Audio embeddings of packed clips.
 
     Only sub-modules of `tower` are called, so that ZeRO-3 gathers their weights.
@@ -67,6 +53,7 @@ def encode_packed(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor) ->
         tower: its config has to ask for packed attention.
         mel: (num_mel_bins, F) float, clips in slot layout.
         clip_frames: (A,) mel frames of each clip, A > 0.
+        index: `Family.clip_index` of these clips, as tensors on the device of `mel`.
 
     Returns:
         (n, d), clips in their order.
@@ -74,27 +61,32 @@ def encode_packed(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor) ->
     Raises:
         ValueError: the spectrogram's width is not that of the clips.
     """
-    frames = encode_frames(tower, mel, clip_frames)
+    frames = encode_frames(tower, mel, clip_frames, index)
     out: Tensor = tower.layer_norm(tower.avg_pooler(frames.transpose(0, 1)).transpose(0, 1))
     return out
 
 
-def encode_frames(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor) -> Tensor:
+def encode_frames(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:
     """The frames (2 n, d) that `encode_packed` pools in pairs: 50 a second, before the final norm."""
-    index = clip_index(clip_frames)
-    if mel.size(-1) != len(index.outside):
+    clips = ClipIndex.of(clip_frames, index)
+    if mel.size(-1) != len(clips.outside):
         raise ValueError(
-            f"mel has {mel.size(-1)} columns, clip_frames {clip_frames.tolist()} need {len(index.outside)}; "
+            f"mel has {mel.size(-1)} columns, clip_frames {clip_frames.tolist()} need {len(clips.outside)}; "
             "lay every clip out in mel_columns(frames) columns"
         )
     hidden = mel.unsqueeze(0).to(tower.conv1.weight.dtype)
-    hidden = F.gelu(tower.conv1(hidden)).masked_fill(index.outside, 0.0)
+    hidden = F.gelu(tower.conv1(hidden)).masked_fill(clips.outside, 0.0)
     hidden = F.gelu(tower.conv2(hidden))
-    hidden = hidden[0].transpose(0, 1)[index.frames] + tower.embed_positions(index.positions)
+    hidden = hidden[0].transpose(0, 1)[clips.columns] + tower.embed_positions(clips.positions)
     hidden = F.dropout(hidden, p=tower.dropout, training=tower.training).unsqueeze(0)
-    segments = {"cu_q": index.cu, "cu_k": index.cu, "max_q": index.longest, "max_k": index.longest}
+    segments = {"cu_q": clips.cu, "cu_k": clips.cu, "max_q": clips.longest, "max_k": clips.longest}
     for layer in tower.layers:
         if tower.training and tower.layerdrop > 0.0 and torch.rand([]) < tower.layerdrop:
             continue
         hidden = layer(hidden, None, **segments)
-    return hidden[0][index.pooled]
+    return hidden[0][clips.pooled]
+
+
+def clip_index_of(batch: Mapping[str, Any]) -> Clips | None:
+    """What a batch says of its clips; None where it has been laid out without."""
+    return {name: value for name, value in batch.items() if name.startswith("clip_")} or None

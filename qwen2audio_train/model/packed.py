@@ -28,6 +28,7 @@ from qwen2audio_train.families.family import Family
 from qwen2audio_train.layout import MIN_FRAMES
 from qwen2audio_train.model.attention import PACKED_ATTENTION, register_packed_attention
 from qwen2audio_train.model.ctc import CtcHead
+from qwen2audio_train.model.encoder import Clips, clip_index_of
 from qwen2audio_train.model.encoder_cache import EncoderCache
 from qwen2audio_train.model.loss import LabelHead, LabelObjective, label_nll
 from qwen2audio_train.model.outputs import PackedHidden, PackedOutput
@@ -53,8 +54,8 @@ class PackedBackbone(PreTrainedModel):
             return cast(BaseModelOutputWithPast, super().forward(*args, **kwargs))
         return self.forward_packed(*args, cu_q=cu_q, **kwargs)
 
-    def listen(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
-        """What the tower makes of packed clips (n, tower width), before the projector."""
+    def listen(self, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:
+        """What the tower makes of packed clips (n, tower width), before the projector; `index`: `Family.clip_index`."""
         raise NotImplementedError
 
     def project(self, audio: Tensor) -> Tensor:
@@ -79,7 +80,9 @@ class PackedBackbone(PreTrainedModel):
         packed_ids: Tensor | None = None,
         packed_positions: Tensor | None = None,
         scatter: Tensor | None = None,
-        **_: Any,
+        max_q: int | None = None,
+        max_k: int | None = None,
+        **clips: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a packed row.
 
@@ -90,12 +93,15 @@ class PackedBackbone(PreTrainedModel):
             mel, clip_frames: (num_mel_bins, F) and (A,), see `encoder`; A may be 0.
             audio_slot: (n,) places of the audio tokens in the row, in the order of the clips.
             scatter: (2 B, T) places in the row whose hidden states are wanted, -1 for padding (zeros).
+            max_q, max_k: longest segment of queries and of keys.
+            clips: what `Family.clip_index` gives of the clips. What a batch lacks of it and of the maxima is computed
+                here, and the host waits for the device.
 
         Returns:
             `last_hidden_state` (1, N, d), or (2 B, T, d) with `scatter`.
         """
         ids, positions = (input_ids, position_ids) if packed_ids is None else (packed_ids, packed_positions)
-        audio = self.hear(mel, clip_frames)
+        audio = self.hear(mel, clip_frames, clip_index_of(clips))
         embeds = self.place(ids, audio, audio_slot)
         hidden = self.language_model(
             inputs_embeds=embeds,
@@ -105,8 +111,8 @@ class PackedBackbone(PreTrainedModel):
             cu_q=cu_q,
             cu_k=cu_k,
             key_index=key_index,
-            max_q=int(cu_q.diff().max()),
-            max_k=int(cu_k.diff().max()),
+            max_q=int(cu_q.diff().max()) if max_q is None else max_q,
+            max_k=int(cu_k.diff().max()) if max_k is None else max_k,
         ).last_hidden_state
         if scatter is not None:
             hidden = hidden[0][scatter.clamp(min=0)] * (scatter >= 0).unsqueeze(-1)
@@ -116,15 +122,15 @@ class PackedBackbone(PreTrainedModel):
         """Token embeddings with the audio in its places: `hear`, then `place`."""
         return self.place(input_ids, self.hear(mel, clip_frames), audio_slot)
 
-    def hear(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
-        """Audio embeddings (n, d) of packed clips; without a clip those of a dummy.
+    def hear(self, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:
+        """Audio embeddings (n, d) of packed clips; without a clip those of a dummy, of which `index` is to be.
 
         Every rank has to run the same modules: a pack without audio runs them on a clip that weighs nothing.
         """
         if len(clip_frames) == 0:
             mel = mel.new_zeros(mel.size(0), self.family.mel_columns(MIN_FRAMES))
-            clip_frames = clip_frames.new_tensor([MIN_FRAMES])
-        return self.encode(mel, clip_frames)
+            clip_frames = clip_frames.new_full((1,), MIN_FRAMES)
+        return self.encode(mel, clip_frames, index)
 
     def place(self, input_ids: Tensor, audio: Tensor, audio_slot: Tensor) -> Tensor:
         """Token embeddings with audio embeddings (n, d) in their places.
@@ -151,7 +157,7 @@ class PackedBackbone(PreTrainedModel):
         flat = embeds.flatten(0, 1).index_copy(0, audio_slot, audio)
         return cast(Tensor, flat.view_as(embeds))
 
-    def encode(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+    def encode(self, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:
         """Projected audio embeddings (n, d) of packed clips.
 
         A frozen tower keeps neither graph nor activations.
@@ -161,7 +167,7 @@ class PackedBackbone(PreTrainedModel):
             audio = self.encoder_cache.encode(self.listen, mel, clip_frames)
         else:
             with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-                audio = self.listen(mel, clip_frames)
+                audio = self.listen(mel, clip_frames, index)
         return self.project(audio)
 
     @property
@@ -230,7 +236,7 @@ class PackedAudioLM(PreTrainedModel):
         source_id: Tensor | None = None,
         objective: LabelObjective | None = None,
         temperature: float = 1.0,
-        **batch: Tensor,
+        **batch: Any,
     ) -> PackedOutput:
         """Loss of a packed batch.
 
@@ -254,9 +260,9 @@ class PackedAudioLM(PreTrainedModel):
         ctc_sum = self._ctc_sum(out.audio, **batch) if reads else None
         return PackedOutput(loss.nll_sum, weight.float().sum(), loss.nll, loss.correct, ctc_sum)
 
-    def _read(self, mel: Tensor, clip_frames: Tensor, **batch: Tensor) -> PackedOutput:
+    def _read(self, mel: Tensor, clip_frames: Tensor, **batch: Any) -> PackedOutput:
         """Loss of the transcripts alone, and in evaluation what is read instead."""
-        audio = self.model.hear(mel, clip_frames)
+        audio = self.model.hear(mel, clip_frames, clip_index_of(batch))
         norms = audio.detach().float().norm(dim=1) * (len(clip_frames) > 0)
         output = PackedOutput(ctc_sum=self._ctc_sum(audio, clip_frames, **batch))
         output.audio_norms = torch.stack((norms.sum(), (norms > 0).sum().float()))
@@ -271,7 +277,7 @@ class PackedAudioLM(PreTrainedModel):
         transcript: Tensor,
         transcript_length: Tensor,
         others: Tensor | None = None,
-        **_: Tensor,
+        **_: Any,
     ) -> Tensor:
         assert self.ctc_head is not None
         embed = self.get_input_embeddings()

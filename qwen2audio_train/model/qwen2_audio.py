@@ -10,7 +10,7 @@ from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioModel
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
-from qwen2audio_train.model.encoder import encode_packed
+from qwen2audio_train.model.encoder import Clips, encode_packed
 from qwen2audio_train.model.packed import PackedAudioLM, PackedBackbone
 
 BLOCKS = list(QWEN2_AUDIO.blocks)
@@ -22,8 +22,8 @@ class PackedQwen2AudioModel(PackedBackbone, Qwen2AudioModel):
     family = QWEN2_AUDIO
     _no_split_modules = BLOCKS
 
-    def listen(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
-        return encode_packed(self.audio_tower, mel, clip_frames)
+    def listen(self, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:
+        return encode_packed(self.audio_tower, mel, clip_frames, index)
 
     def project(self, audio: Tensor) -> Tensor:
         return cast(Tensor, self.multi_modal_projector(audio))

@@ -7,6 +7,8 @@ Graves et al. 2006 over the tokens of the transcript (bytes, with a tokenizer of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.families.qwen2_audio import num_audio_tokens
-from qwen2audio_train.model.encoder import encode_frames
+from qwen2audio_train.model.encoder import clip_index_of, encode_frames
 from qwen2audio_train.model.packed import PackedAudioLM
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 
@@ -50,7 +52,7 @@ class Recogniser(nn.Module):
         tower.layer_norm.requires_grad_(False)
 
     def forward(
-        self, *, mel: Tensor, clip_frames: Tensor, cu_q: Tensor, predict_from: Tensor, target: Tensor, **_: Tensor
+        self, *, mel: Tensor, clip_frames: Tensor, cu_q: Tensor, predict_from: Tensor, target: Tensor, **batch: Any
     ) -> Tensor:
         """Sum of the losses of a packed batch whose samples have one clip of at most 30 s each.
 
@@ -67,7 +69,7 @@ class Recogniser(nn.Module):
                 f"data: {len(cu_q) - 1} examples with {len(clip_frames)} encoder windows in a batch; a random tower "
                 "learns from examples of one clip of at most 30 s; set data.long_audio=reject to leave longer ones out"
             )
-        frames = encode_frames(self.audio.model.audio_tower, mel, clip_frames)
+        frames = encode_frames(self.audio.model.audio_tower, mel, clip_frames, clip_index_of(batch))
         log_probs = self.lm_head(frames).float().log_softmax(-1)
         lengths = [2 * num_audio_tokens(count) for count in clip_frames.tolist()]
         spoken = self.spoken[target]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen2audio_train.batch import PackedBatch, tensors
+from qwen2audio_train.batch import PackedBatch
 from qwen2audio_train.config.schema import ConfigError, Stage, StageConfig
-from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.collate import indexed, on_device, pack
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.families.known import family_of
@@ -138,8 +138,9 @@ def stepper(plan: Plan, typical: Typical, forwards: int) -> tuple[Callable[[int]
 
     def step(samples: int) -> None:
         optimizer.zero_grad()
-        batch = random_pack(typical, samples, config.model.num_mel_bins, family_of(config.model.family))
-        inputs = {name: value.to(device()) for name, value in tensors(batch).items()}
+        family = family_of(config.model.family)
+        batch = indexed(random_pack(typical, samples, config.model.num_mel_bins, family), family)
+        inputs = on_device(batch, device())
         for _ in range(forwards):
             with torch.autocast(device().type, torch.bfloat16, enabled=bool(arguments.bf16)):
                 output = model(**inputs)

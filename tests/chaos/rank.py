@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 from qwen2audio_train.errors import UserError
@@ -79,8 +80,8 @@ class Places(TrainerCallback):
 
 
 def digest(batch: dict[str, Any]) -> int:
-    """A checksum of all tensors of a batch."""
-    return zlib.crc32(b"".join(batch[key].contiguous().numpy().tobytes() for key in sorted(batch)))
+    """A checksum of all of a batch."""
+    return zlib.crc32(b"".join(np.asarray(batch[key]).tobytes() for key in sorted(batch)))
 
 
 def hook(trainer: Any, tell: Tell, fault: Fault | None) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 
 from qwen2audio_train.config.data import DataConfig, SourceConfig
 from qwen2audio_train.data.loading.indexed import PackLoader
@@ -61,7 +60,7 @@ def take_steps(loaders: Sequence[PackLoader], num_steps: int) -> list[list[list[
 
 def fingerprint(batch: Batch) -> tuple[bytes, ...]:
     """All of a batch, comparable and sortable."""
-    return tuple(np.ascontiguousarray(batch[key].numpy()).tobytes() for key in sorted(batch))
+    return tuple(np.asarray(batch[key]).tobytes() for key in sorted(batch))
 
 
 def is_filler(batch: Batch) -> bool:
@@ -74,4 +73,4 @@ def step_content(step: list[list[Batch]]) -> list[tuple[bytes, ...]]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)

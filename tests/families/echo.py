@@ -137,7 +137,7 @@ class EchoModel(PackedBackbone):
         self.language_model = LlamaModel(text)
         self.post_init()
 
-    def listen(self, mel: Tensor, clip_frames: Tensor) -> Tensor:
+    def listen(self, mel: Tensor, clip_frames: Tensor, index: object = None) -> Tensor:
         counts = torch.tensor([num_audio_tokens(f) for f in clip_frames.tolist()])
         return self.audio_tower(mel, torch.arange(len(counts)).repeat_interleave(counts).to(mel.device))
 

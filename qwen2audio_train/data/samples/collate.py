@@ -7,7 +7,9 @@ Two samples, an audio one [a a | b c] and a text one [d e], where c and e are le
 
     input_ids     [[a, a, b, c, d, e]]       position_ids [[0, 1, 2, 3, 0, 1]]
     predict_from  [2, 4]    target [c, e]    weight [1., 1.]    source_id [0, 1]
-    cu_q = cu_k   [0, 4, 6]                  audio_slot [0, 1]
+    cu_q = cu_k   [0, 4, 6]                  audio_slot [0, 1]      max_q = max_k = 4
+
+`indexed` adds what the family's tower has to know of where the clips lie.
 
 A tree (prompt p q, chosen x y, rejected z) has its prompt once; every answer is a segment whose queries are the
 answer's tokens and whose keys are the prompt's and its own, listed in key_index:
@@ -22,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -31,7 +33,8 @@ from qwen2audio_train.batch import Audio, Batch, PackedBatch, PreferenceBatch, S
 from qwen2audio_train.config.data import LossWeighting
 from qwen2audio_train.data.examples import DESIRABLE, PAIRED, UNDESIRABLE
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.layout import NUM_MEL_BINS
+from qwen2audio_train.families.family import Family
+from qwen2audio_train.layout import MIN_FRAMES, NUM_MEL_BINS
 
 
 def pack(
@@ -74,6 +77,18 @@ class PromptBatch(TypedDict):
 
 LoadedBatch = Batch | PromptBatch
 """What a loader gives: which of them, its stage knows."""
+
+
+def indexed(batch: Batch, family: Family) -> Batch:
+    """The batch with the family's index of its clips; without a clip that of the dummy that the tower then runs on."""
+    index = family.clip_index(batch["clip_frames"].tolist() or [MIN_FRAMES])
+    arrays = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in index.items()}
+    return cast(Batch, {**batch, **arrays})
+
+
+def on_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on a device; the host does not wait for pinned ones."""
+    return {n: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
 
 
 def unpacked(samples: Sequence[Sample]) -> PromptBatch:
@@ -192,13 +207,16 @@ class _Rows:
         return _int64(np.concatenate(self._positions or [np.zeros(1)]))[None]
 
     def segments(self) -> Segments:
-        segments: Segments = {
-            "cu_q": _borders(self._queries or [1]),
-            "cu_k": _borders([len(keys) for keys in self._keys] or [1]),
-        }
+        cu_q, cu_k = _borders(self._queries or [1]), _borders([len(keys) for keys in self._keys] or [1])
+        segments: Segments = {"cu_q": cu_q, "cu_k": cu_k, "max_q": longest(cu_q), "max_k": longest(cu_k)}
         if self._has_tree:
             segments["key_index"] = _int64(np.concatenate(self._keys))
         return segments
+
+
+def longest(borders: torch.Tensor) -> int:
+    """Length of the longest segment between borders (S + 1,)."""
+    return int(borders.diff().max())
 
 
 def _targets(sample: Sample, place: _Place, weighting: LossWeighting) -> tuple[np.ndarray, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qwen2audio_train.batch import PreferenceBatch, UnpairedBatch
-from qwen2audio_train.data.samples.collate import pack_preference
+from qwen2audio_train.data.samples.collate import longest, pack_preference
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.layout import NUM_MEL_BINS
 
@@ -72,12 +72,15 @@ def with_foreign_answers(batch: UnpairedBatch) -> UnpairedBatch:
     completion = attended.long()
     completion[:, 0] = 0
     queries, attended_keys = torch.tensor(lengths, dtype=torch.long).view(-1, 2).unbind(1)
+    cu_q, cu_k = _extended(batch["cu_q"], queries), _extended(batch["cu_k"], attended_keys)
     return {
         **batch,
+        "cu_q": cu_q,
+        "cu_k": cu_k,
+        "max_q": longest(cu_q),
+        "max_k": longest(cu_k),
         "packed_ids": all_ids[None],
         "packed_positions": torch.cat([positions, *new_positions])[None],
-        "cu_q": _extended(batch["cu_q"], queries),
-        "cu_k": _extended(batch["cu_k"], attended_keys),
         "key_index": torch.cat(keys),
         "KL_input_ids": torch.where(attended, all_ids[kl_scatter.clamp(min=0)], 0),
         "KL_attention_mask": attended.long(),

@@ -12,6 +12,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from qwen2audio_train.batch import Batch
 from qwen2audio_train.config.data import MAX_SEED, DataConfig, LongAudio, SampleRecipe
 from qwen2audio_train.data.audio.augment import Augmenter, augmenter_of
 from qwen2audio_train.data.audio.length import clip_length
@@ -20,12 +21,12 @@ from qwen2audio_train.data.order.index import Measured
 from qwen2audio_train.data.order.permutation import hash_key
 from qwen2audio_train.data.prompts.pools import fitting_prompts
 from qwen2audio_train.data.prompts.tokenize import count_tokens
-from qwen2audio_train.data.samples.collate import LoadedBatch, pack, pack_preference, unpacked
+from qwen2audio_train.data.samples.collate import LoadedBatch, indexed, pack, pack_preference, unpacked
 from qwen2audio_train.data.samples.collate_kto import Answers, pack_unpaired
 from qwen2audio_train.data.samples.recipe import limits_of, plain, recipe_of, remote_of, render_as
 from qwen2audio_train.data.samples.sample import Sample, materialise
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.families.known import DEFAULT
+from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of
 
 MEASURED_KEYS = ("prompt_style", "prompt_seed", "prompts_per_task", "timestamps", "labelled_turns", "long_audio")
@@ -197,9 +198,17 @@ def collator_of(data: DataConfig, maker: Maker, is_preference: bool) -> Callable
     """What lays the samples of a batch end to end, or hands prompts on as they are."""
     if maker.for_generation:
         return unpacked
+    return partial(_indexed, _packer(data, maker, is_preference), maker.recipe.family)
+
+
+def _packer(data: DataConfig, maker: Maker, is_preference: bool) -> Callable[[Sequence[Sample]], Batch]:
     num_mel_bins = maker.recipe.num_mel_bins
     if is_preference and maker.answers is Answers.paired:
         return partial(pack_preference, num_mel_bins=num_mel_bins)
     if is_preference:
         return partial(pack_unpaired, num_mel_bins=num_mel_bins, foreign=maker.answers is Answers.with_foreign)
     return partial(pack, loss_weighting=data.loss_weighting, num_mel_bins=num_mel_bins)
+
+
+def _indexed(packer: Callable[[Sequence[Sample]], Batch], family: str, samples: Sequence[Sample]) -> Batch:
+    return indexed(packer(samples), family_of(family))

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qwen2audio_train.batch import tensors
 from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.data.examples import Example, PreferenceExample
-from qwen2audio_train.data.samples.collate import pack
+from qwen2audio_train.data.samples.collate import indexed, on_device, pack
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples, load_ahead
 from qwen2audio_train.evaluation.decoding.ranks import gather, is_sharded, rank_and_world
@@ -153,8 +152,8 @@ def _batches(indices: Sequence[int], lengths: Sequence[int], budget: int) -> lis
 
 
 def _score_batch(model: Any, samples: Sequence[Sample]) -> list[LabelScore]:
-    batch = pack(samples, num_mel_bins=model.config.audio_config.num_mel_bins)
-    output = model(**{name: tensor.to(model.device) for name, tensor in tensors(batch).items()})
+    batch = indexed(pack(samples, num_mel_bins=model.config.audio_config.num_mel_bins), model.family)
+    output = model(**on_device(batch, model.device))
     counts = [[int(s.label_mask.sum()), *map(len, s.branches)] for s in samples]
     nll: list[Tensor] = list(output.nll.double().cpu().split([n for row in counts for n in row]))
     correct = list(output.correct.cpu().split([n for row in counts for n in row]))

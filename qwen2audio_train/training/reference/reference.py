@@ -112,13 +112,3 @@ def _parameters(model: nn.Module, *, without_adapter: bool) -> Iterator[tuple[st
     for name, parameter in model.named_parameters():
         if not (without_adapter and f".{POLICY_ADAPTER}" in name) and f".{REFERENCE_ADAPTER}." not in name:
             yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter
-
-
-@contextmanager
-def local_gather(accelerator: Any) -> Iterator[None]:
-    """Let the accelerator's gathers return their argument for the time of the context."""
-    accelerator.gather = accelerator.gather_for_metrics = lambda value: value
-    try:
-        yield
-    finally:
-        del accelerator.gather, accelerator.gather_for_metrics

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from qwen2audio_train.config.reinforcement import GrpoConfig
 from qwen2audio_train.data.examples import Example
-from qwen2audio_train.data.samples.collate import PromptBatch, pack
+from qwen2audio_train.data.samples.collate import PromptBatch, indexed, pack
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, sample_tokens, stop_ids
@@ -61,7 +61,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
     ) -> None:
         self.grpo, self.rewards, self.reference, self.seed = grpo, rewards, reference, seed
         self.tokenizer, self.num_mel_bins = processing_class, num_mel_bins
-        self.tally: dict[str, tuple[float, float]] = {}
+        self.tally: dict[str, tuple[Any, float]] = {}  # sums stay on the device until they are logged
         self.reference_forwards = int(grpo.beta > 0)
         super().__init__(*args, **kwargs)
 
@@ -123,7 +123,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         """One tree a prompt, with its completions as branches, and each token's advantage."""
         branches = [tuple(np.array(row, dtype=np.int64) for row in rows) for rows in completions]
         trees = [dataclasses.replace(p, branches=b, example=None) for p, b in zip(prompts, branches, strict=True)]
-        batch: dict[str, Any] = dict(pack(trees, num_mel_bins=self.num_mel_bins))
+        batch = indexed(pack(trees, num_mel_bins=self.num_mel_bins), unwrap(self.model).family)
         lengths = torch.tensor([len(row) for rows in branches for row in rows], dtype=torch.long)
         gains = advantages(self._total(scores), self.grpo.scale_rewards).flatten()
         if self.grpo.mask_truncated_completions:
@@ -155,7 +155,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         with self._reference_model() as model, torch.no_grad(), self.compute_loss_context_manager():
             inputs.pop("advantage")
             output = model(**inputs, temperature=self.grpo.temperature)
-        return {"ref_logp": -output.nll.cpu()}
+        return {"ref_logp": -output.nll}
 
     @contextmanager
     def _reference_model(self) -> Iterator[Any]:
@@ -196,9 +196,9 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
 
     def _tally_tokens(self, inputs: dict[str, Any], nll: Tensor) -> None:
         """Entropy, as the mean surprise at what was sampled, and divergence from the reference."""
-        self._add("entropy", float(nll.sum()), len(nll))
+        self._add("entropy", nll.double().sum(), len(nll))
         if "ref_logp" in inputs:
-            self._add("kl", float(kl_estimate(-nll, inputs["ref_logp"].to(nll.device)).sum()), len(nll))
+            self._add("kl", kl_estimate(-nll, inputs["ref_logp"]).double().sum(), len(nll))
 
     def _tally_step(
         self,
@@ -227,7 +227,7 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
                 f"{self.grpo.max_completion_length} tokens (grpo.max_truncated_share): stopping"
             )
 
-    def _add(self, name: str, value: float, count: float) -> None:
+    def _add(self, name: str, value: Tensor | float, count: float) -> None:
         total, number = self.tally.get(name, (0.0, 0.0))
         self.tally[name] = (total + value, number + count)
 
@@ -236,7 +236,8 @@ class AudioGRPOTrainer(PackedTrainer, Trainer):
         """Add the means of the sampled completions since the last line, over all ranks."""
         if "loss" in logs and self.tally:
             names = sorted(self.tally)
-            sums = self.sum_over_ranks(torch.tensor([self.tally[name] for name in names], dtype=torch.float64))
+            rows = [[*map(float, self.tally[name])] for name in names]
+            sums = self.sum_over_ranks(torch.tensor(rows, dtype=torch.float64))
             logs |= {n: round(float(v / c), 6) for n, (v, c) in zip(names, sums, strict=True) if c > 0}
             self.tally = {}
         super().log(logs, start_time)

@@ -31,9 +31,10 @@ class AudioTrainer(PackedTrainer, Trainer):
         if decoded is not None:
             kwargs.setdefault("eval_dataset", [])
         self.ctc = ctc or CtcConfig()
-        self.ctc_sums = torch.zeros(2, dtype=torch.float64)
         super().__init__(*args, **kwargs)
-        self.sums = torch.zeros(len(sources), 3, dtype=torch.float64)
+        # On the device, and read for the log alone: reading them at every batch would wait for it.
+        self.sums = torch.zeros(len(sources), 3, dtype=torch.float64, device=self.args.device)
+        self.ctc_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
     @override
     def compute_loss(
@@ -49,7 +50,8 @@ class AudioTrainer(PackedTrainer, Trainer):
         scale = self.args.world_size / num_items_in_batch.clamp(min=1e-8).to(output.nll_sum.device)
         loss = output.nll_sum * scale
         if output.ctc_sum is not None:
-            self.ctc_sums += torch.tensor([float(output.ctc_sum.detach()), float(len(inputs["transcript"]))])
+            self.ctc_sums[0] += output.ctc_sum.detach()
+            self.ctc_sums[1] += len(inputs["transcript"])
             loss = loss + output.ctc_sum * (self.ctc.weight * self.args.world_size / max(self.step.spoken, 1.0))
         return (loss, output) if return_outputs else loss
 
@@ -57,7 +59,7 @@ class AudioTrainer(PackedTrainer, Trainer):
     def _add(sums: Tensor, source_id: Tensor, output: Any) -> None:
         rows = torch.stack((output.nll.double(), output.correct.double(), torch.ones_like(output.nll).double()), 1)
         rows = torch.where(rows[:, :1].isfinite(), rows, 0.0)  # a step that is no number is skipped
-        sums.index_add_(0, source_id.cpu(), rows.cpu())
+        sums.index_add_(0, source_id, rows)
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -105,7 +107,7 @@ class AudioTrainer(PackedTrainer, Trainer):
 
     def _held_out_loss(self, batches: PackLoader, metric_key_prefix: str) -> dict[str, float]:
         """The same number of forwards on every rank."""
-        sums = torch.zeros(len(batches.source_names), 3, dtype=torch.float64)
+        sums = torch.zeros(len(batches.source_names), 3, dtype=torch.float64, device=self.args.device)
         model = self.model_wrapped
         was_training = model.training
         model.eval()

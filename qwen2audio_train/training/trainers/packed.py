@@ -124,12 +124,14 @@ class PackedTrainer(GuardedTrainer, ResumedTrainer):
 
     @override
     def _prepare_input(self, data: Any) -> Any:
-        """Move tensors to the device, and no more.
+        """Move tensors to the device, without waiting for what it has yet to do, and no more.
 
         Trainer would cast all floats under DeepSpeed, and labels would count by weights that are rounded to bfloat16,
         while their sum is that of the weights as they were. The model casts the mel itself.
         """
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     @override
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:

@@ -8,7 +8,6 @@ of one per micro-batch, metrics to match, probes at evaluation, and a reference 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,9 +27,9 @@ from qwen2audio_train.training.checkpoints.restore import kept_whole, whole
 from qwen2audio_train.training.reference.reference import (
     REFERENCE_ADAPTER,
     adapter_left_as_it_is,
-    local_gather,
     trained_outside_adapter,
 )
+from qwen2audio_train.training.trainers.figures import tensor_of, unread
 from qwen2audio_train.training.trainers.packed import PackedTrainer
 from qwen2audio_train.training.trainers.speed import StepCounts
 
@@ -144,14 +143,14 @@ class PreferenceTrainer(PackedTrainer):
         """
         batch = without_own_keys(inputs)
         pairs = inputs["pair_weight"].sum()
-        with self._tallied(cast(PreferenceBatch, batch), float(pairs)):
+        with self._tallied(cast(PreferenceBatch, batch), pairs):
             loss: Any = super().compute_loss(model, batch)
         return loss if num_items_in_batch is None else loss * (pairs * self.args.world_size / num_items_in_batch)
 
     # Metrics ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _tallied(self, batch: PreferenceBatch, pairs: float) -> Iterator[None]:
+    def _tallied(self, batch: PreferenceBatch, pairs: Tensor) -> Iterator[None]:
         """Keep what TRL logs about this micro-batch as weighted sums of this rank; `_means` joins the ranks.
 
         TRL gathers each figure over the ranks at once and averages over micro-batches: fillers would count, and ranks
@@ -160,24 +159,32 @@ class PreferenceTrainer(PackedTrainer):
         mode = "train" if self.model.training else "eval"
         tokens_before = self._total_train_tokens
         self._metrics[mode].clear()
-        with local_gather(self.accelerator):
+        with unread(self.accelerator):
             yield
         if mode == "train":  # TRL counted the answers' rows, the model ran the packed one
             self._total_train_tokens = tokens_before + batch["packed_ids"].numel()
-        figures = {name: values[0] for name, values in self._metrics[mode].items() if name != "num_tokens"}
+        logged = {name: values[0] for name, values in self._metrics[mode].items() if name != "num_tokens"}
         tokens, rows = _sizes(batch)
-        figures |= {f"lengths/{side}": tokens[side] / max(1.0, rows[side]) for side in SIDES}
-        figures |= {name: figures.get(name, 0.0) for name in map(_twin, list(figures))}
-        for name, value in figures.items():
-            side = name.rpartition("/")[2]
-            weight = tokens[TOKEN_METRICS[name]] if name in TOKEN_METRICS else rows.get(side, pairs)
-            self._tally(mode, name, value, weight if pairs else 0.0)
+        figures = {name: tensor_of(value, pairs) for name, value in logged.items()}
+        figures |= {f"lengths/{side}": tokens[side] / rows[side].clamp(min=1.0) for side in SIDES}
+        figures |= {name: figures.get(name, torch.zeros_like(pairs)) for name in map(_twin, list(figures))}
+        self._tally(mode, figures, [self._weight(name, tokens, rows, pairs) for name in figures])
 
-    def _tally(self, mode: str, name: str, value: float, weight: float) -> None:
-        if not math.isfinite(value):  # a step that is no number is skipped
-            value = weight = 0.0
-        row = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64)
-        self._tallies[mode][name] = self._tallies[mode].get(name, torch.zeros(2, dtype=torch.float64)) + row
+    @staticmethod
+    def _weight(name: str, tokens: dict[str, Tensor], rows: dict[str, Tensor], pairs: Tensor) -> Tensor:
+        """What a figure counts among those of other micro-batches: nothing in a filler."""
+        side = name.rpartition("/")[2]
+        weight = tokens[TOKEN_METRICS[name]] if name in TOKEN_METRICS else rows.get(side, pairs)
+        return weight * (pairs > 0)
+
+    def _tally(self, mode: str, figures: dict[str, Tensor], weights: Sequence[Tensor]) -> None:
+        """Add figures, on the device; one that is no number is left out, as its step is skipped."""
+        value, weight = torch.stack([*figures.values()]).double(), torch.stack([*weights]).double()
+        counts = value.isfinite() & (weight > 0)
+        rows = torch.where(counts, torch.stack((value * weight, weight)), 0.0)
+        tally = self._tallies[mode]
+        for name, row in zip(figures, rows.unbind(1), strict=True):
+            tally[name] = tally[name] + row if name in tally else row
 
     def _means(self, mode: str) -> dict[str, float]:
         """Means of the tallied metrics over all ranks since the last call."""
@@ -212,7 +219,7 @@ class PreferenceTrainer(PackedTrainer):
                 inputs = self._prepare_inputs(batch)
                 with torch.no_grad(), self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs)
-                self._tally("eval", "loss", float(loss), float(inputs["pair_weight"].sum()))
+                self._tally("eval", {"loss": loss}, [inputs["pair_weight"].sum()])
             figures = self._means("eval")
             for probe in self.probes:
                 figures |= probe(self)
@@ -266,12 +273,13 @@ class PreferenceTrainer(PackedTrainer):
             yield self.ref_model
 
 
-def _sizes(batch: PreferenceBatch) -> tuple[dict[str, float], dict[str, float]]:
+def _sizes(batch: PreferenceBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tokens of the answers, and rows, of all, of the chosen (or desirable) and of the rejected (or undesirable)."""
-    mask = batch["completion_mask"].cpu()
-    chosen = batch["label"].cpu() if "label" in batch else torch.arange(len(mask)) < len(mask) // 2
-    tokens = {side: float(mask[which].sum()) for side, which in zip(SIDES, (chosen, ~chosen), strict=True)}
-    return tokens | {"all": sum(tokens.values())}, {"chosen": float(chosen.sum()), "rejected": float((~chosen).sum())}
+    lengths = batch["completion_mask"].sum(dim=1)
+    first = torch.arange(len(lengths), device=lengths.device) < len(lengths) // 2
+    chosen = batch.get("label", first)
+    tokens = {side: (lengths * which).sum() for side, which in zip(SIDES, (chosen, ~chosen), strict=True)}
+    return tokens | {"all": lengths.sum()}, {"chosen": chosen.sum(), "rejected": (~chosen).sum()}
 
 
 def _twin(name: str) -> str:

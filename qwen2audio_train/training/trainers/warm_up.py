@@ -49,7 +49,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
         self.tokenizer = tokenizer
         self.sampled_tokens = sampled_tokens
         self.embedding_norm = embedding_norm
-        self.norms = torch.zeros(2, dtype=torch.float64)
+        self.norms = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
     def _count(self, batches: list[PackedBatch], device: Any) -> StepCounts:
         self.norms.zero_()
@@ -62,7 +62,7 @@ class WarmUpTrainer(PackedTrainer, Trainer):
     ) -> Any:
         """Summed loss x ranks / tokens of the whole step; nothing divides again."""
         output = model(**inputs, others=self.other_tokens(self.sampled_tokens))
-        self.norms += output.audio_norms.double().cpu()
+        self.norms += output.audio_norms
         loss = output.ctc_sum * (self.args.world_size / num_items_in_batch.clamp(min=1e-8))
         return (loss, output) if return_outputs else loss
 

@@ -16,6 +16,8 @@ from qwen2audio_train.config.data import DataConfig, SourceConfig
 from qwen2audio_train.data.loading import base
 from qwen2audio_train.data.loading.build import build_batches, eval_batches
 from qwen2audio_train.data.quarantine import TooManyBadExamples
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
+from qwen2audio_train.layout import MIN_FRAMES
 from tests.data.corpora import equal, is_filler, small_config, step_content, take_steps, two_sources, write_corpus
 
 Tok = PreTrainedTokenizerFast
@@ -46,7 +48,7 @@ def test_an_epoch_is_every_example_once_and_whole_steps(config: DataConfig, toke
     assert loader.source_names == ("a", "b")
 
 
-def test_batches_hold_tensors_alone_of_the_contract(config: DataConfig, tokenizer: Tok) -> None:
+def test_batches_hold_the_keys_of_the_contract(config: DataConfig, tokenizer: Tok) -> None:
     for batch in build_batches(config, tokenizer, epochs=1):
         assert set(batch) == {
             "input_ids",
@@ -62,8 +64,12 @@ def test_batches_hold_tensors_alone_of_the_contract(config: DataConfig, tokenize
             "audio_slot",
             "transcript",
             "transcript_length",
+            "max_q",
+            "max_k",
+            *QWEN2_AUDIO.clip_index([MIN_FRAMES]),
         }
-        assert all(isinstance(value, torch.Tensor) for value in batch.values())
+        numbers = {key for key, value in batch.items() if not isinstance(value, torch.Tensor)}
+        assert numbers == {"max_q", "max_k", "clip_longest"}
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
-from qwen2audio_train.batch import Batch, PackedBatch, PreferenceBatch, UnpairedBatch
+from qwen2audio_train.batch import Batch, PackedBatch, PreferenceBatch, UnpairedBatch, tensors
 from qwen2audio_train.data.examples import DESIRABLE, UNDESIRABLE
 from qwen2audio_train.data.samples.collate import pack, pack_preference
 from qwen2audio_train.data.samples.collate_kto import pack_unpaired
@@ -36,7 +36,8 @@ def test_a_batch_is_what_it_is_said_to_be(name: str) -> None:
     hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
     assert batch.keys() <= hints.keys()
     assert batch.keys() >= kind.__required_keys__  # type: ignore[attr-defined]
-    for key, tensor in batch.items():
+    assert {key for key in batch if hints[key] is int} == {"max_q", "max_k"}
+    for key, tensor in tensors(batch).items():
         hint = get_args(hints[key])[0] if get_origin(hints[key]).__name__ == "NotRequired" else hints[key]
         said, dtype, dimensions = get_args(hint)
         assert said is torch.Tensor

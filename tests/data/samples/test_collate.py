@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2audio_train.data.samples.collate import pack, pack_preference, task_weights
+from qwen2audio_train.data.samples.collate import indexed, pack, pack_preference, task_weights
 from qwen2audio_train.data.samples.sample import Sample
-from qwen2audio_train.families.qwen2_audio import mel_columns, num_audio_tokens
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO, clip_index, mel_columns, num_audio_tokens
+from qwen2audio_train.layout import MIN_FRAMES
 
 
 def make_sample(
@@ -44,8 +46,9 @@ TEXT = make_sample([7, 8], labelled=[1], source_id=1)
 TREE = make_sample([1, 2], [], branches=([3, 4], [5]))
 
 
-def lists(batch: dict[str, torch.Tensor]) -> dict[str, list[int]]:
-    return {key: value.tolist() for key, value in batch.items() if key != "mel"}
+def lists(batch: dict[str, Any]) -> dict[str, Any]:
+    """All but the spectrogram."""
+    return {key: value if isinstance(value, int) else value.tolist() for key, value in batch.items() if key != "mel"}
 
 
 def test_literal_batch() -> None:
@@ -59,16 +62,31 @@ def test_literal_batch() -> None:
         "source_id": [0, 1],
         "cu_q": [0, 4, 6],
         "cu_k": [0, 4, 6],
+        "max_q": 4,
+        "max_k": 4,
         "clip_frames": [6],
         "audio_slot": [0, 1],
         "transcript": [6, 6],
         "transcript_length": [2],
     }
     assert batch["mel"].shape == (128, mel_columns(6))
-    kinds = {key: value.dtype for key, value in batch.items()}
+    kinds = {key: value.dtype for key, value in batch.items() if not isinstance(value, int)}
     assert {kinds.pop("weight"), kinds.pop("mel")} == {torch.float32}
     assert {kinds.pop("cu_q"), kinds.pop("cu_k")} == {torch.int32}
     assert set(kinds.values()) == {torch.int64}
+
+
+def test_literal_index_of_clips() -> None:
+    """Six frames and seven: 10 columns each, of which seven and eight are within; 3 and 4 frames."""
+    index = {name: v if isinstance(v, int) else v.astype(int).tolist() for name, v in clip_index([6, 7]).items()}
+    assert index == {
+        "clip_outside": [0] * 7 + [1] * 3 + [0] * 8 + [1] * 2,
+        "clip_columns": [0, 1, 2, 5, 6, 7, 8],
+        "clip_positions": [0, 1, 2, 0, 1, 2, 3],
+        "clip_cu": [0, 3, 7],
+        "clip_longest": 4,
+        "clip_pooled": [0, 1, 3, 4, 5, 6],
+    }
 
 
 def test_literal_tree() -> None:
@@ -81,6 +99,8 @@ def test_literal_tree() -> None:
         "source_id": [0, 0, 0],
         "cu_q": [0, 2, 4, 5],
         "cu_k": [0, 2, 6, 9],
+        "max_q": 2,
+        "max_k": 4,
         "key_index": [0, 1, 0, 1, 2, 3, 0, 1, 4],
         "clip_frames": [],
         "audio_slot": [],
@@ -102,6 +122,8 @@ def test_literal_preference_batch() -> None:
         "pair_weight": [1.0],
         "cu_q": [0, 2, 4, 5],
         "cu_k": [0, 2, 6, 9],
+        "max_q": 2,
+        "max_k": 4,
         "key_index": [0, 1, 0, 1, 2, 3, 0, 1, 4],
         "clip_frames": [],
         "audio_slot": [],
@@ -139,6 +161,8 @@ def test_answers_without_their_opposite_are_rows_of_their_own_the_desirable_ones
         "pair_weight": [1.0] * 4,
         "cu_q": [0, 2, 4, 6, 8, 9, 10, 11],
         "cu_k": [0, 2, 6, 8, 12, 15, 16, 18],
+        "max_q": 2,
+        "max_k": 4,
         "key_index": [0, 1, 0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 4, 5, 8, 9, 9, 10],
         "clip_frames": [],
         "audio_slot": [],
@@ -153,7 +177,8 @@ def test_one_answer_is_no_preference() -> None:
 def test_fillers() -> None:
     filler = pack([])
     assert set(filler) == set(pack([AUDIO]))
-    assert {key: tuple(value.shape) for key, value in filler.items()} == {
+    shapes = {key: tuple(value.shape) for key, value in filler.items() if not isinstance(value, int)}
+    assert shapes == {
         "input_ids": (1, 1),
         "position_ids": (1, 1),
         "predict_from": (0,),
@@ -168,7 +193,9 @@ def test_fillers() -> None:
         "transcript": (0,),
         "transcript_length": (0,),
     }
-    assert all(filler[key].dtype == value.dtype for key, value in pack([AUDIO]).items())
+    assert indexed(filler, QWEN2_AUDIO)["clip_outside"].shape == (mel_columns(MIN_FRAMES),)  # that of a dummy clip
+    same = [key for key, value in pack([AUDIO]).items() if not isinstance(value, int)]
+    assert all(filler[key].dtype == pack([AUDIO])[key].dtype for key in same)
     dummy = pack_preference([])
     assert set(dummy) == set(pack_preference([TREE]))
     assert dummy["pair_weight"].tolist() == [0.0]
