@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from transformers import TrainerControl, TrainerState
 
 from qwen2audio_train.config.tracker import TrackerConfig, WandbMode
@@ -77,8 +78,10 @@ def test_a_resumed_run_goes_on_in_the_same_run(noise: Path, tmp_path: Path, monk
     chosen = ["trainer.save_strategy=steps", "trainer.save_steps=2", "tracker.wandb=auto", "tracker.group=demo"]
     config = recipe(noise, run_dir, *chosen)
     train(config)
+    wandb.finish()  # as the end of a process does: until then its service has not written all of the file
     shutil.rmtree(run_dir / "checkpoint-4")
     train(config)
+    wandb.finish()
     files = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     (first, lines), (second, more) = map(records, sorted(files, key=lambda path: path.stat().st_mtime))
     assert first.run_id == second.run_id
