@@ -5,9 +5,10 @@
     python   launch/evaluate.py judge evaluation=runs/mine/evaluation judge.base_url=https://... judge.model=...
     python   launch/evaluate.py api manifests.dev=dev.jsonl output_dir=scores api.base_url=https://... api.model=...
     python   launch/evaluate.py vllm checkpoint=exported manifests.dev=dev.jsonl output_dir=scores
+    torchrun launch/evaluate.py transformers model=openai/whisper-base manifests.dev=dev.jsonl output_dir=scores
 
 Without a command the keys are those of recipes/evaluate.yaml; those of the commands are the fields of CompareOptions,
-JudgeOptions, ApiOptions and VllmOptions.
+JudgeOptions, ApiOptions, VllmOptions and TransformersOptions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.config.tools import EvaluateConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.evaluation.backends.api import ApiOptions, evaluate_api
+from qwen2audio_train.evaluation.backends.transformers import TransformersOptions, evaluate_transformers
 from qwen2audio_train.evaluation.backends.vllm import VllmOptions, evaluate_vllm
 from qwen2audio_train.evaluation.decoding.generate import Decoding
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions, judge_evaluation, judgement_table
@@ -101,6 +103,12 @@ def run_vllm(options: VllmOptions) -> int:
     return shown(evaluate_vllm(options))
 
 
+def run_transformers(options: TransformersOptions) -> int:
+    main_rank = process().is_main_process
+    found = evaluate_transformers(options)
+    return shown(found) if main_rank else 0
+
+
 def shown(found: Evaluation) -> int:
     """Print a backend's scores; the exit status is 1 where examples have no answer."""
     print("\n".join([table(found.rows), *(f"note: {caveat}" for caveat in found.caveats)]))
@@ -114,6 +122,7 @@ COMMANDS: Commands = {
     "judge": (JudgeOptions, run_judge),
     "api": (ApiOptions, run_api),
     "vllm": (VllmOptions, run_vllm),
+    "transformers": (TransformersOptions, run_transformers),
 }
 
 

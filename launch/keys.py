@@ -19,6 +19,7 @@ from qwen2audio_train.data.tools.shards import ShardOptions
 from qwen2audio_train.data.tools.show import ShowOptions
 from qwen2audio_train.data.tools.stats import IndexOptions, VisualizeOptions
 from qwen2audio_train.evaluation.backends.api import ApiOptions
+from qwen2audio_train.evaluation.backends.transformers import TransformersOptions
 from qwen2audio_train.evaluation.backends.vllm import VllmOptions
 from qwen2audio_train.evaluation.judging.judge import JudgeOptions
 from qwen2audio_train.evaluation.reporting.compare import CompareOptions
@@ -39,6 +40,7 @@ SCHEMAS: dict[str, Any] = {
     "evaluate judge": JudgeOptions,
     "evaluate api": ApiOptions,
     "evaluate vllm": VllmOptions,
+    "evaluate transformers": TransformersOptions,
     "report": ReportOptions,
     "export": ExportConfig,
     "average": AverageOptions,

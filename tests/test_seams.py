@@ -86,6 +86,8 @@ CALLED = {
     "transformers.TrainerState.compute_steps": "self args max_steps",
     "transformers.TrainerState.init_training_references": "self trainer max_steps num_train_epochs trial",
     "transformers.PreTrainedModel._from_config": "config",
+    "transformers.ProcessorMixin.check_argument_for_proper_class": "self argument_name argument",
+    "transformers.ProcessorMixin.get_processor_dict": "pretrained_model_name_or_path",
     "transformers.DynamicCache.batch_repeat_interleave": "self repeats",
     "transformers.DynamicCache.batch_select_indices": "self indices",
     "transformers.conversion_mapping.register_checkpoint_conversion_mapping": (

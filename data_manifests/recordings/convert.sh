@@ -19,10 +19,10 @@ for mapping in data_manifests/recordings/*.yaml; do
     source=$(basename "$mapping" .yaml)
     for split in train dev; do
         manifest=$out/$source.$split.jsonl
+        grep -q "\"split\": \"$split\"" "$corpus/$source/manifest.jsonl" || continue # no example of it is an error
         "$python" launch/data.py convert "$mapping" "input=$corpus/$source/manifest.jsonl" "output=$manifest" \
             "where.split=$split"
         cat "$manifest" >> "$out/$split.jsonl"
-        [ -s "$manifest" ] || rm "$manifest" # a manifest without examples is an error
     done
 done
 

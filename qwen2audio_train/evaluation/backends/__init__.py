@@ -1,4 +1,4 @@
-"""Answers that something else gives: models behind an API, and exported checkpoints in vLLM.
+"""Answers that something else gives: transformers' own classes, models behind an API, exported checkpoints in vLLM.
 
 In: held-out examples. Out: their texts, scored as those of our own path.
 """

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwen2audio_train.config.data import SampleRecipe
 from qwen2audio_train.config.schema import ConfigError
-from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample
+from qwen2audio_train.data.examples import ChatExample, Clip, Example, PreferenceExample, UnpairedExample
 from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.prompts.render import Text
+from qwen2audio_train.data.samples.recipe import render_as
+from qwen2audio_train.evaluation.decoding.ranks import rank_and_world
 from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, evaluation_of, save
 from qwen2audio_train.evaluation.scoring.items import item_of
+from qwen2audio_train.evaluation.scoring.normalise import strip_tags
 from qwen2audio_train.evaluation.scoring.score import check_libraries
+
+WORDS = "words/1"
+"""Stamp of a task that is asked of a model of chats: its clip, then the first prompt of its pool without tags."""
 
 
 @dataclass
@@ -55,6 +63,17 @@ def held_out(options: HeldOutOptions) -> list[Example]:
     return examples
 
 
+def turns_of(example: Example) -> list[tuple[str, list[str | Clip]]]:
+    """Role and content of every turn that a model of chats is asked with: those of a chat but the answer; a task as one
+    turn, its first prompt after its clip."""
+    if isinstance(example, ChatExample):
+        turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
+        return [(turn.role, list(turn.content)) for turn in turns]
+    rendered = render_as(SampleRecipe(), example, for_generation=True)
+    prompt = strip_tags("".join(piece.text for piece in rendered.trunk if isinstance(piece, Text)))
+    return [("user", [*rendered.clips, prompt])]
+
+
 def scored(
     options: HeldOutOptions,
     examples: Sequence[Example],
@@ -63,8 +82,13 @@ def scored(
     *,
     notes: Sequence[str],
     settings: Mapping[str, Any],
+    asked: str = "",
 ) -> Evaluation:
-    """The texts of a backend as an evaluation, which is written into `output_dir`."""
+    """The texts of a backend as an evaluation, which rank 0 writes into `output_dir`.
+
+    Args:
+        asked: stamp of how it asks what is in the task form, where that is not the prompt of our own path.
+    """
     found = evaluation_of(
         examples,
         texts,
@@ -74,5 +98,10 @@ def scored(
         bootstrap_samples=options.bootstrap_samples,
         seed=options.seed,
     )
-    save(found, options.output_dir)
+    if asked:
+        in_chats = {example.source for example in examples if isinstance(example, ChatExample)}
+        rows = (row if row.source in in_chats else replace(row, prompt=asked) for row in found.rows)
+        found = replace(found, rows=tuple(rows))
+    if rank_and_world()[0] == 0:
+        save(found, options.output_dir)
     return found

@@ -17,15 +17,12 @@ import soundfile
 from tqdm import tqdm
 
 from qwen2audio_train.config.data import SampleRecipe
-from qwen2audio_train.data.examples import ChatExample, Clip, Example
-from qwen2audio_train.data.prompts.render import Text
-from qwen2audio_train.data.samples.recipe import render_as
+from qwen2audio_train.data.examples import Clip, Example
 from qwen2audio_train.data.samples.sample import load_clip
 from qwen2audio_train.errors import ExampleError
-from qwen2audio_train.evaluation.backends.answers import HeldOutOptions, held_out, scored
+from qwen2audio_train.evaluation.backends.answers import WORDS, HeldOutOptions, held_out, scored, turns_of
 from qwen2audio_train.evaluation.judging.client import Client, JudgeError, Reply, client_of
 from qwen2audio_train.evaluation.scoring.evaluate import Evaluation
-from qwen2audio_train.evaluation.scoring.normalise import strip_tags
 from qwen2audio_train.layout import SAMPLING_RATE
 
 
@@ -56,21 +53,16 @@ def evaluate_api(options: ApiOptions) -> Evaluation:
     refused = sum(isinstance(reply, Reply) and reply.refusal for reply in replies)
     note = f"{refused} of {len(examples)} were refused by the endpoint and count as they were answered"
     settings = {"backend": "api", "model": client.endpoint.model, "form": client.endpoint.form, "cost": client.spent}
-    return scored(options, examples, texts, failed, notes=[note] if refused else [], settings=settings)
+    return scored(options, examples, texts, failed, notes=[note] if refused else [], settings=settings, asked=WORDS)
 
 
 def messages_of(example: Example, recipe: SampleRecipe = SampleRecipe()) -> list[dict[str, Any]]:
-    """An example as it is asked: a chat with its turns but the answer, a task by its first prompt after the clip.
+    """An example as the endpoint is asked.
 
     Raises:
         ExampleError: a clip cannot be read.
     """
-    if isinstance(example, ChatExample):
-        turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-        return [{"role": turn.role, "content": [_part(part, recipe) for part in turn.content]} for turn in turns]
-    rendered = render_as(recipe, example, for_generation=True)
-    prompt = strip_tags("".join(piece.text for piece in rendered.trunk if isinstance(piece, Text)))
-    return [{"role": "user", "content": [*(_part(clip, recipe) for clip in rendered.clips), prompt]}]
+    return [{"role": role, "content": [_part(part, recipe) for part in content]} for role, content in turns_of(example)]
 
 
 def _part(part: str | Clip, recipe: SampleRecipe) -> Any:
