@@ -6,7 +6,8 @@
 Tiny models over noise, in full and with LoRA, in float32 and in bfloat16 (`trainer.bf16`). Every source trains six
 steps and saves after three; every target resumes that checkpoint and trains the other three. A cell holds the largest
 relative difference of the three losses from the source's own, and of the last weights (relative to the largest weight
-of a tensor), or the words of the refusal. DeepSpeed compiles its communication once, for a minute or two.
+of a tensor), or the words of the refusal (the source's own where that is refused). DeepSpeed compiles its communication
+once, for a minute or two.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -52,11 +54,23 @@ def overrides(place: str, precision: str, kind: str) -> list[str]:
 
 
 def run_jobs(work: Path, place: str, jobs: list[dict[str, Any]]) -> None:
-    """Train every job on the ranks of `place`, in one torchrun; each leaves a file with its outcome."""
-    (work / "jobs.json").write_text(json.dumps(jobs))
+    """Train every job on the ranks of `place`, in one torchrun; each leaves a file with its outcome as it ends.
+
+    A job that breaks is noted with the end of its output, and the others go on.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", place[-1]]
     command += [__file__, "--work", str(work), "--worker"]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    while jobs:
+        for job in jobs:  # what a killed run left
+            shutil.rmtree(work / "runs" / job["name"], ignore_errors=True)
+        (work / "jobs.json").write_text(json.dumps(jobs))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        jobs = [job for job in jobs if not (work / "outcomes" / job["name"]).is_file()]
+        if done.returncode and jobs:
+            broken = jobs.pop(0)["name"]
+            print(f"{broken} broke", flush=True)
+            (work / "outcomes" / broken).write_text(json.dumps({"broke": done.stderr[-4000:]}))
 
 
 def worker(work: Path) -> None:
@@ -83,7 +97,7 @@ def compare(work: Path, source: str, cell: str) -> dict[str, Any]:
     """Largest differences of a resumed run from its source."""
     from safetensors.torch import load_file
 
-    outcome = json.loads((work / "outcomes" / cell).read_text())
+    outcome = json.loads((work / "outcomes" / source).read_text()) or json.loads((work / "outcomes" / cell).read_text())
     if outcome:
         return outcome
     then, now = losses(work / "runs" / source), losses(work / "runs" / cell)
@@ -111,7 +125,7 @@ def table(cells: dict[str, dict[str, Any]], sources: list[str], targets: list[st
         lines.append("| --- |" + " ---: |" * len(targets))
         for source in sources:
             found = [cells[f"{source}-{precision}-{kind}@{target}"] for target in targets]
-            shown = ["refused" if "refused" in cell else f"{cell['loss']:.0e}" for cell in found]
+            shown = [f"{cell['loss']:.0e}" if "loss" in cell else next(iter(cell)) for cell in found]
             lines.append(f"| {source} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -142,24 +156,27 @@ def main() -> None:
     cells: dict[str, dict[str, Any]] = {}
     for target in args.targets:
         names = [f"{source}-{way}@{target}" for source in args.sources for way in ways]
+        saved = [name for name in names if (args.work / "outcomes" / name.partition("@")[0]).read_text() == "{}"]
         jobs = [
             {
                 "name": name,
                 "overrides": overrides(target, *name.partition("@")[0].split("-")[2:]),
                 "resume": f"{name.partition('@')[0]}/checkpoint-3",
             }
-            for name in pending(args.work, names)
+            for name in pending(args.work, saved)
         ]
         if jobs:
             run_jobs(args.work, target, jobs)
         cells |= {name: compare(args.work, name.partition("@")[0], name) for name in names}
+        print(target, len(cells), "cells", flush=True)
     print(table(cells, args.sources, args.targets))
     carried = [cell for cell in cells.values() if "loss" in cell]
     worst = {p: max((c["loss"] for n, c in cells.items() if p in n and "loss" in c), default=None) for p in PRECISIONS}
     totals = {
         "cells": len(cells),
         "carried out": len(carried),
-        "refused": len(cells) - len(carried),
+        "refused": sum("refused" in cell for cell in cells.values()),
+        "broke": sum("broke" in cell for cell in cells.values()),
         "worst loss": worst,
     }
     if args.save:

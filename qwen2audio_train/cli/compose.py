@@ -115,6 +115,8 @@ def given(arguments: Sequence[str], schema: type[Schema]) -> Schema:
     for argument in files:
         if not argument.endswith((".yaml", ".yml")):
             raise ConfigError(f"{argument}: expected key=value, or a YAML file that holds keys")
+        if not Path(argument).exists():
+            raise ConfigError(f"{argument}: no such file (looked in {Path.cwd()}); expected a YAML file of keys")
     raw = OmegaConf.merge({}, *[load_yaml(Path(file).read_text(encoding="utf-8"), schema) or {} for file in files])
     for argument in arguments:
         if "=" in argument:

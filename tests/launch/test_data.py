@@ -66,6 +66,7 @@ def test_from_a_table_to_a_look_at_an_example(
     [
         (["chek"], "chek: no such command; did you mean check?"),
         (["check"], "manifests: no value was given"),
+        (["convert", "nowhere.yaml"], "nowhere.yaml: no such file (looked in /"),
         (["chat", "output=o.jsonl"], "manifests: no value was given"),
         (["check", "manifest=[a]"], "manifest: unknown key; did you mean manifests?"),
         (["show"], "manifest: no value was given"),

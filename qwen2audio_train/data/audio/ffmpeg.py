@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen2audio_train.data.audio.matroska import Clusters, find_clusters
-from qwen2audio_train.data.audio.raw import Bytes, FormatError
+from qwen2audio_train.data.audio.raw import Bytes, FormatError, Opened
 
 MISSING = "is M4A, AAC, WebM or MP4, which needs torchcodec and FFmpeg (pip install 'qwen2audio-train[media]')"
 ADTS_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
@@ -121,25 +121,12 @@ def _adts_seconds(data: bytes) -> float:
     return number * ADTS_SAMPLES / ADTS_RATES[rate]
 
 
-class MediaFile:
-    """The first audio stream of a file, with as much of `soundfile.SoundFile` as it takes to read a clip."""
+class MediaFile(Opened):
+    """The first audio stream of a file."""
 
     def __init__(self, file: Bytes, media: Media):
-        self._file, self._media = file, media
-        self.samplerate, self.channels, self.frames = media.samplerate, media.channels, media.frames
-        self._place = 0
-
-    def __enter__(self) -> MediaFile:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def seek(self, frame: int) -> None:
-        self._place = frame
+        super().__init__(file, media.samplerate, media.channels, media.frames)
+        self._media = media
 
     def read(self, frames: int, dtype: str, always_2d: bool) -> np.ndarray:
         """(frames, channels) float32 from the place that was sought, fewer where the file ends."""

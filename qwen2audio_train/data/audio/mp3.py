@@ -14,7 +14,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from qwen2audio_train.data.audio.containers import is_mpeg
-from qwen2audio_train.data.audio.raw import Bytes, FormatError
+from qwen2audio_train.data.audio.raw import Bytes, FormatError, Opened
 
 BIT_RATES = {
     (True, 3): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -192,25 +192,12 @@ def _told(frame: bytes, shape: _Shape) -> tuple[int | None, int, int]:
     return number, delays >> 12, delays & 0xFFF
 
 
-class Mp3File:
-    """As much of `soundfile.SoundFile` as it takes to read a clip."""
+class Mp3File(Opened):
+    """An MP3 by its frames."""
 
     def __init__(self, file: Bytes, frames: Frames):
-        self._file, self._found = file, frames
-        self.samplerate, self.channels, self.frames = frames.samplerate, frames.channels, frames.frames
-        self._place = 0
-
-    def __enter__(self) -> Mp3File:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def seek(self, frame: int) -> None:
-        self._place = frame
+        super().__init__(file, frames.samplerate, frames.channels, frames.frames)
+        self._found = frames
 
     def read(self, frames: int, dtype: str, always_2d: bool) -> np.ndarray:
         """(frames, channels) from the place that was sought; soundfile.LibsndfileError where frames are damaged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 from qwen2audio_train.errors import ExampleError
 
@@ -26,3 +26,24 @@ class FormatError(ExampleError):
 def mended(data: bytes, patch: Patch | None) -> bytes:
     """The file's bytes with those of the patch in their place."""
     return data if patch is None else data[: patch[0]] + patch[1] + data[patch[0] + len(patch[1]) :]
+
+
+class Opened:
+    """A file whose length is known, with as much of `soundfile.SoundFile` as it takes to read a clip; a child reads."""
+
+    def __init__(self, file: Bytes, samplerate: int, channels: int, frames: int):
+        self._file = file
+        self.samplerate, self.channels, self.frames = samplerate, channels, frames
+        self._place = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def seek(self, frame: int) -> None:
+        self._place = frame

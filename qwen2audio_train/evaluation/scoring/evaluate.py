@@ -97,7 +97,7 @@ def evaluate(
     texts = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths, kept)
     learnable = [e for e, item in zip(prompts.examples, items, strict=True) if item.reference is not None]
     whole = LazySamples(learnable, tokenizer, recipe, for_generation=False)
-    loss = held_out_loss(learnable, score_labels(model, tokenizer, whole, decoding.tokens_per_batch))
+    loss = held_out_loss(learnable, score_labels(model, whole, decoding.tokens_per_batch))
     found = evaluation_of(
         prompts.examples,
         texts,

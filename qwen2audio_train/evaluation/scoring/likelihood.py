@@ -55,12 +55,7 @@ class PairScores:
 
 
 @torch.no_grad()
-def score_labels(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: LazySamples,
-    tokens_per_batch: int = 8192,
-) -> list[LabelScore | None]:
+def score_labels(model: nn.Module, samples: LazySamples, tokens_per_batch: int = 8192) -> list[LabelScore | None]:
     """Teacher-forced scores of every sample, in order; None for what could not be loaded. Ranks share the work."""
     rank, world = rank_and_world()
     plans = [_batches(range(r, len(samples), world), samples.lengths, tokens_per_batch) for r in range(world)]
@@ -116,7 +111,7 @@ def score_pairs(
     samples = LazySamples(examples, tokenizer, recipe, for_generation=False, audio=audio, seed=seed)
 
     def differences(scorer: nn.Module) -> np.ndarray:
-        scores = score_labels(scorer, tokenizer, samples, tokens_per_batch)
+        scores = score_labels(scorer, samples, tokens_per_batch)
         return np.array([s.logps[0] - rejected for s in scores if s is not None for rejected in s.logps[1:]])
 
     def summary(gaps: np.ndarray) -> tuple[Score, Score]:

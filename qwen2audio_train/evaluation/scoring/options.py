@@ -60,7 +60,7 @@ def option_rows(
             audio="silence" if audio == "silence" else "own",
             options=options,
         )
-        scores = score_labels(model, tokenizer, prompts, tokens_per_batch)
+        scores = score_labels(model, prompts, tokens_per_batch)
         known = [(i, o, s.logps) for i, o, s in zip(items, options, scores, strict=True) if s is not None]
         right = [int(chosen[int(np.argmax(logps))] == item.reference) for item, chosen, logps in known]
         chance = {"chance": float(np.mean([1 / len(chosen) for _, chosen, _ in known]))} if known else {}

@@ -102,7 +102,7 @@ def drift_probe(
         samples = LazySamples(answered, tokenizer, recipe, for_generation=False)
 
         def logps(model: Any) -> np.ndarray:
-            scores = score_labels(model, tokenizer, samples, decoding.tokens_per_batch)
+            scores = score_labels(model, samples, decoding.tokens_per_batch)
             return np.array([value for score in scores if score is not None for value in score.logps])
 
         own = logps(trainer.model)

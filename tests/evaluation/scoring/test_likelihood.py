@@ -61,7 +61,7 @@ def stock_logp(model, sample, answer):
 
 def test_label_scores_are_those_of_the_stock_forward(model, tasks):
     samples = LazySamples(tasks, tiny_tokenizer(), SAMPLES, for_generation=False)
-    scores = score_labels(model, tiny_tokenizer(), samples, tokens_per_batch=60)
+    scores = score_labels(model, samples, tokens_per_batch=60)
     for sample, score in zip(samples, scores, strict=True):
         labels = int(sample.label_mask.sum())
         first = len(sample.input_ids) - labels
@@ -72,7 +72,7 @@ def test_label_scores_are_those_of_the_stock_forward(model, tasks):
 
 def test_branches_are_scored_after_their_prompt(model, pairs):
     samples = LazySamples(pairs, tiny_tokenizer(), SAMPLES, for_generation=False)
-    scores = score_labels(model, tiny_tokenizer(), samples)
+    scores = score_labels(model, samples)
     for sample, score in zip(samples, scores, strict=True):
         expected = [stock_logp(model, sample, branch) for branch in sample.branches]
         assert score.logps == pytest.approx(expected, rel=1e-5)
@@ -80,7 +80,7 @@ def test_branches_are_scored_after_their_prompt(model, pairs):
 
 def test_loss_is_per_source_and_per_label(model, tasks):
     samples = LazySamples(tasks, tiny_tokenizer(), SAMPLES, for_generation=False)
-    scores = score_labels(model, tiny_tokenizer(), samples)
+    scores = score_labels(model, samples)
     losses = held_out_loss(tasks, scores)
     assert set(losses) == {"a", "b"}
     assert losses["a"]["labels"] == sum(scores[i].labels for i in (0, 2, 4))
@@ -91,7 +91,7 @@ def test_a_broken_clip_costs_its_own_sample_only(model, tasks, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     broken = replace(tasks[0], id="broken", clip=Clip(str(tmp_path / "broken.wav"), 1.0))
     samples = LazySamples([broken, tasks[1]], tiny_tokenizer(), SAMPLES, for_generation=False)
-    scores = score_labels(model, tiny_tokenizer(), samples)
+    scores = score_labels(model, samples)
     assert scores[0] is None
     assert scores[1] is not None
     assert "broken.wav" in samples.failed[0]
@@ -100,7 +100,7 @@ def test_a_broken_clip_costs_its_own_sample_only(model, tasks, tmp_path):
 
 def test_pairs_are_counted_per_rejected_answer(model, pairs):
     scores = score_pairs(model, tiny_tokenizer(), pairs, SAMPLES)
-    labels = score_labels(model, tiny_tokenizer(), LazySamples(pairs, tiny_tokenizer(), SAMPLES, for_generation=False))
+    labels = score_labels(model, LazySamples(pairs, tiny_tokenizer(), SAMPLES, for_generation=False))
     gaps = [s.logps[0] - rejected for s in labels for rejected in s.logps[1:]]
     assert scores.accuracy.n == 9
     assert scores.accuracy.value == pytest.approx(np.mean(np.array(gaps) > 0))

@@ -84,9 +84,9 @@ def test_a_policy_that_is_its_reference_has_no_margin_and_no_kl(
     assert len(set(margins)) == 3
     answers = [replace(pair, chosen="a", rejected=()) for pair in pairs]
     samples = LazySamples(answers, tokenizer, SAMPLES, for_generation=False)
-    own = [score.logps[0] for score in score_labels(trainer.model, tokenizer, samples) if score]
+    own = [score.logps[0] for score in score_labels(trainer.model, samples) if score]
     with trainer.model.disable_adapter():
-        base = [score.logps[0] for score in score_labels(trainer.model, tokenizer, samples) if score]
+        base = [score.logps[0] for score in score_labels(trainer.model, samples) if score]
     assert moved["eval_drift/kl"] == pytest.approx(np.mean(own) - np.mean(base), abs=1e-4)
     assert abs(moved["eval_drift/kl"]) > 0.01
     assert trainer.model.active_adapter == "default"
