@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from qwen2audio_train.card import write_card
 from qwen2audio_train.cli.compose import launch
 from qwen2audio_train.cli.door import check_file
 from qwen2audio_train.config.schema import Dtype
@@ -14,6 +16,7 @@ from qwen2audio_train.config.tools import ExportConfig
 from qwen2audio_train.data.manifests.manifest import read_manifest
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.export import check_export, export, export_adapter, heard_whole
+from qwen2audio_train.families.known import family_of
 from qwen2audio_train.model.adapters import adapter_has_learnt
 from qwen2audio_train.training.checkpoints.folder import weights_folder
 from qwen2audio_train.training.stages.policy import load_for_inference
@@ -35,6 +38,9 @@ def main(config: ExportConfig) -> None:
     else:
         folder, base = Path(config.output_dir), export_adapter(model, tokenizer, samples, config.output_dir, base)
         model = load_for_inference(str(folder), num_threads=config.num_threads, dtype=config.dtype, merge=False).model
+    given = [f"{key}={value}" for key, value in asdict(config).items() if value is not None]
+    command = ["python", "launch/export.py", *given]
+    write_card(folder, found, family_of(samples.family), command, evaluation=config.evaluation)
     print(f"exported to {folder}" + (f", an adapter on {base}" if base else ""))
     print("".join(f"note: {caveat}\n" for caveat in caveats), end="")
     if config.check_manifest is None:

@@ -33,7 +33,21 @@ TOWERS = (
     (*GROUND, *MODEL),
     (*GROUND, "selfmade"),
     (*GROUND, "cli"),
-    (*GROUND, *DATA, *MODEL, *EVALUATION, "export", "pairs", "selfmade", "parts", "chat", *TRAINING, "cli", "launch"),
+    (
+        *GROUND,
+        *DATA,
+        *MODEL,
+        *EVALUATION,
+        "export",
+        "card",
+        "pairs",
+        "selfmade",
+        "parts",
+        "chat",
+        *TRAINING,
+        "cli",
+        "launch",
+    ),
 )
 """Rooms from the ground up. A room imports only what stands below it in each tower that it stands in: so `data` and
 `model` know nothing of each other, and `selfmade` knows the ground alone."""

@@ -60,6 +60,8 @@ class ExportConfig:
         check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree; clips over
             30 s, which the stock processor cuts, are passed over.
         check_examples: how many examples of `check_manifest` are compared.
+        evaluation: folder of `launch/evaluate.py` whose scores stand in the model card; unset, that of the checkpoint
+            or of its run, if there is one.
         num_threads: CPU threads; 0 leaves torch's choice.
     """
 
@@ -69,4 +71,5 @@ class ExportConfig:
     dtype: Dtype = Dtype.float32
     check_manifest: str | None = None
     check_examples: int = at_least(1, 8)
+    evaluation: str | None = None
     num_threads: int = at_least(0, 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,6 @@ from qwen2audio_train.evaluation.reporting.results import read_result
 from qwen2audio_train.evaluation.scoring.evaluate import plain
 from qwen2audio_train.evaluation.scoring.score import Row
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned, interval_text, value_text
-from qwen2audio_train.families.known import family_of
 from qwen2audio_train.finetune.corpus import Prepared
 from qwen2audio_train.finetune.plan import Plan
 
@@ -155,45 +152,27 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
     return [f"warning: {name} got worse beyond its interval; {advice}" for name in (*own, *guard)]
 
 
-CARD = """---
-library_name: transformers
-pipeline_tag: audio-text-to-text
-tags: [{family}]
----
-# {name}
-
-`{start}`, fine-tuned ({adapter}, merged) on `{audio}`. Plain transformers loads this folder:
-`{model_class}.from_pretrained(...)` and `AutoProcessor.from_pretrained(...)`.
-
-## Held-out results
+GAINED = """
+## Before and after
 
 {table}
 
 Values with 95 % bootstrap intervals; the change is paired over the same clips.
 {warnings}
-## Data
+`{start}` was fine-tuned ({adapter}) on {train} clips ({hours} h) of `{audio}`; {held_out} were held out ({split}),
+{left_out} left out as unusable. {answers}
+{steps} steps of {packs} packs of up to {tokens} tokens, seed {seed}, {dtype}; training took {train_s:.0f} s. {replay}
 
-{train} clips ({hours} h) to train on, {held_out} held out ({split}), {left_out} left out as unusable. {answers}
-The licence of the recordings and of the weights that this started from hold for this folder: look them up before you
-pass it on.
-
-## Recipe
-
-{steps} steps of {packs} packs of up to {tokens} tokens, seed {seed}, {dtype}; training took {train_s:.0f} s.
-{replay}
 ```bash
 {command}
-torchrun launch/sft.py {arguments}
 ```
 """
 
 
-def write_card(config: FinetuneConfig, summary: Mapping[str, Any], plan: Plan, command: str, folder: Path) -> None:
-    """README.md of the export: where it comes from, what it was trained on, what it gained, and the exact command."""
-    clips, family = summary["clips"], family_of(json.loads((folder / "config.json").read_text())["model_type"])
+def add_to_card(config: FinetuneConfig, summary: Mapping[str, Any], plan: Plan, command: str, folder: Path) -> None:
+    """To the export's README.md: what was gained, and the one command that did it."""
     rows = [HEADER, ["---"] * len(HEADER), *table_rows(summary)]
-    text = CARD.format(
-        name=config.name,
+    text = GAINED.format(
         start=config.init_from or config.model,
         adapter=config.adapter,
         audio=config.audio,
@@ -208,11 +187,10 @@ def write_card(config: FinetuneConfig, summary: Mapping[str, Any], plan: Plan, c
         dtype=plan.budget.dtype,
         seed=config.seed,
         train_s=summary["wall_s"]["training"],
-        replay=f"`{config.replay}` was mixed in with weight {config.replay_weight:g}.\n" if config.replay else "",
+        replay=f"`{config.replay}` was mixed in with weight {config.replay_weight:g}." if config.replay else "",
         command=command,
-        arguments=shlex.join(plan.train),
-        family=family.name,
-        model_class=family.model_class,
-        **clips,
+        **summary["clips"],
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    card = folder / "README.md"
+    written = card.read_text(encoding="utf-8").partition(GAINED.split("{")[0])[0]  # of an export that was not made anew
+    card.write_text(written + text, encoding="utf-8")

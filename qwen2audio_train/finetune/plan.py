@@ -149,6 +149,7 @@ def make_plan(config: FinetuneConfig, found: Prepared, start: str) -> Plan:
         [f"checkpoint={run_dir / 'training'}", f"output_dir={run_dir / 'after'}", f"dtype={budget.dtype}", *scored],
         [
             *(f"checkpoint={run_dir / 'training'}", f"output_dir={run_dir / 'export'}", f"dtype={budget.dtype}"),
+            f"evaluation={run_dir / 'after'}",
             *(f"num_threads={config.num_threads}", *check_of(data / "held_out.jsonl", found.held_out)),
         ],
     )

@@ -16,7 +16,7 @@ from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.storage.files import write_whole
 from qwen2audio_train.evaluation.reporting.write import ReportOptions, write_results
 from qwen2audio_train.finetune.corpus import Prepared, prepare
-from qwen2audio_train.finetune.outcome import gather, outcome_table, write_card
+from qwen2audio_train.finetune.outcome import add_to_card, gather, outcome_table
 from qwen2audio_train.finetune.plan import Plan, described, make_plan, num_mel_bins
 from qwen2audio_train.training.chain import LEDGER, Entry, Ledger, run_script
 from qwen2audio_train.training.stages.argument_table import check_trainer_keys
@@ -66,7 +66,7 @@ def finetune(config: FinetuneConfig, compose: Compose, launch_folder: Path, comm
     results = {name: str(run_dir / name) for name in ("before", "after")}
     options = ReportOptions(results, output=str(run_dir / "report.html"), title=f"Fine-tune: {config.name}")
     page = write_results(options)
-    write_card(config, summary, plan, command, run_dir / "export")
+    add_to_card(config, summary, plan, command, run_dir / "export")
     nothing = [] if any(done) else [f"nothing to do: {run_dir} is finished"]
     return "\n".join([*nothing, outcome_table(summary), f"model: {run_dir / 'export'}", f"report: {page}"])
 

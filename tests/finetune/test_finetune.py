@@ -163,6 +163,8 @@ def test_one_command_trains_scores_and_exports(
     card = (run_dir / "export" / "README.md").read_text()
     assert f"audio={classes}" in card
     assert "accuracy" in card
+    assert card.count("## Before and after") == 1
+    assert "- **sft**: 3 steps; from `" in card
     assert (run_dir / "report.html").is_file()
     Qwen2AudioForConditionalGeneration.from_pretrained(run_dir / "export")
     AutoProcessor.from_pretrained(run_dir / "export")

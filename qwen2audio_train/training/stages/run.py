@@ -108,6 +108,7 @@ def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFil
         "init_from": config.init_from,
         "start": start,
         "base": before.get("base") if before else (content_of(config) if main else None),
+        "command": command_of(config.stage),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "versions": {name: version(name) for name in PACKAGES} | {"qwen2audio-train": __version__},
         "commit": source_commit() if main else None,
@@ -118,6 +119,12 @@ def run_files(config: StageConfig, tokenizer: PreTrainedTokenizerBase) -> RunFil
             mark_used(weights, config.run_dir)
     samples = recipe_of(config.data, config.model.num_mel_bins, config.model.family)
     return RunFiles(text, lineage, partial(save_companions, tokenizer, samples, needed))
+
+
+def command_of(stage: Stage) -> list[str] | None:
+    """The words that started this stage's script; None where something else did."""
+    script = f"{stage.value}.py"
+    return [f"launch/{script}", *sys.argv[1:]] if Path(sys.argv[0]).name == script else None
 
 
 def source_commit() -> str | None:
