@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwen2audio_train.data.audio.flac import flac_patch
-from qwen2audio_train.data.audio.raw import Bytes, FormatError, Patch
+from qwen2audio_train.data.audio.foreign import HEAD, why_not
+from qwen2audio_train.data.audio.raw import Bytes, FormatError, Patch, is_adts
 
 UNKNOWN_32, UNKNOWN_64 = 0x7F000000, 2**62
 """Writers into pipes put sizes from here on: 0xFFFFFFFF (FFmpeg), 0x7FFFF000 (SoX, WAV), 0x7F000008 (SoX, AIFF)."""
@@ -43,20 +44,6 @@ FORMS = {
     b"riff": Form(40, "<16sQ", 8, W64_DATA, UNKNOWN_64, counts_head=True),
 }
 
-NO_AUDIO = (
-    (b"version https://git-lfs", "is a git-lfs pointer and not the file itself: run `git lfs pull` where it came from"),
-    (b"<", "is a web page or XML (a download that went wrong?), not audio: fetch the file again"),
-    (b"{", "is JSON, not audio: is the path that of a manifest, or an error message that was saved?"),
-    (b"[", "is JSON, not audio: is the path that of a manifest, or an error message that was saved?"),
-    (b"PK\x03\x04", "is a zip archive: unpack it, or put the files into a .tar"),
-    (b"\x1f\x8b", "is compressed with gzip: unpack it"),
-    (b"BZh", "is compressed with bzip2: unpack it"),
-    (b"\xfd7zXZ", "is compressed with xz: unpack it"),
-    (b"7z\xbc\xaf", "is a 7z archive: unpack it, or put the files into a .tar"),
-    (b"Rar!", "is a RAR archive: unpack it, or put the files into a .tar"),
-    (b"%PDF", "is a PDF document, not audio"),
-)
-
 
 class Data(NamedTuple):
     """Where the samples of a chunked file stand, what its header promises, and where it does so."""
@@ -72,12 +59,15 @@ class Data(NamedTuple):
 class Layout:
     """What was found: bytes of the header to mend, or the stretch that holds MP3 frames.
 
-    `is_settled` where the container has told the length, and no decoder need be asked.
+    `is_settled` where the container has told the length, and no decoder need be asked. `tags` are bytes in front that
+    decoders do not skip; `is_ogg_flac` where FLAC has to be taken out of Ogg pages first.
     """
 
     patch: Patch | None = None
     mp3: tuple[int, int] | None = None
     is_settled: bool = True
+    tags: int = 0
+    is_ogg_flac: bool = False
 
 
 def examine(file: Bytes, size: int) -> Layout:
@@ -87,12 +77,11 @@ def examine(file: Bytes, size: int) -> Layout:
         FormatError: cut off, or no audio and it is known what instead.
     """
     file.seek(0)
-    head = file.read(64)
+    head = file.read(HEAD)
     if not head:
         raise FormatError("is empty (0 bytes): fetch or write it again")
-    for beginning, reason in NO_AUDIO:
-        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(beginning):
-            raise FormatError(reason)
+    if reason := why_not(head):
+        raise FormatError(reason)
     if head[:4] in FORMS:
         return _chunked(file, size, head[:4])
     if head[:4] == b".snd":
@@ -100,6 +89,9 @@ def examine(file: Bytes, size: int) -> Layout:
         return _held_against(Data(start, promised, 8, 0, TOLERANCE), size, FORMS[b"FORM"], b".snd", b"")
     if head[:4] == b"OggS":
         _check_ogg(file, size)
+        return Layout(is_ogg_flac=is_ogg_flac(head))
+    if head[:8] == b"NIST_1A\n":
+        _check_sphere(file, size)
         return Layout()
     if head[:4] == b"fLaC":
         patch = flac_patch(file, size, head)
@@ -107,7 +99,10 @@ def examine(file: Bytes, size: int) -> Layout:
     if head[:3] == b"ID3" or is_mpeg(head):
         start = after_tags(file)
         file.seek(start)
-        if is_mpeg(file.read(4)):
+        behind = file.read(4)
+        if is_adts(behind) or (start and behind == b"OggS"):
+            return Layout(tags=start)
+        if is_mpeg(behind):
             return Layout(mp3=(start, size))
     if head[4:8] == b"ftyp":
         _check_mp4(file, size)
@@ -134,13 +129,16 @@ def after_tags(file: Bytes) -> int:
 def _chunked(file: Bytes, size: int, magic: bytes) -> Layout:
     form = FORMS[magic]
     head_size, place = struct.calcsize(form.head), form.first
-    codec, tolerance, long_size = 0, TOLERANCE, None
+    codec, tolerance, long_size, long_field = 0, TOLERANCE, None, 0
     while place + head_size <= size:
         file.seek(place)
         name, promised = struct.unpack(form.head, file.read(head_size))
         body = file.read(32)
         if name == form.data:
             if promised == 0xFFFFFFFF and long_size is not None:
+                rest = size - place - head_size
+                if not long_size and rest:
+                    return Layout((long_field, rest.to_bytes(8, "little")))
                 promised = long_size
             promised -= head_size if form.counts_head and 0 < promised < form.unknown else 0
             field = place + head_size - struct.calcsize(form.head[0] + form.head[-1])
@@ -150,7 +148,7 @@ def _chunked(file: Bytes, size: int, magic: bytes) -> Layout:
             codec, align = struct.unpack(form.head[0] + "H10xH", body[:14])
             tolerance = max(TOLERANCE, align)
         elif name == b"ds64" and len(body) >= 16:
-            long_size = int.from_bytes(body[8:16], "little")
+            long_size, long_field = int.from_bytes(body[8:16], "little"), place + head_size + 8
         step = promised if form.counts_head else head_size + promised
         if step < head_size:
             break
@@ -171,10 +169,7 @@ def _held_against(data: Data, size: int, form: Form, magic: bytes, body: bytes) 
         patch = data.field, min(told, 256**width - 1).to_bytes(width, order)
         promised = rest
     elif promised < form.unknown and promised - rest > data.tolerance:
-        raise FormatError(
-            f"is cut off: its header promises {promised} bytes of audio and {max(rest, 0)} are there; "
-            "fetch or write the file again"
-        )
+        raise FormatError(_cut_off(promised, rest))
     if data.codec == 0x55:  # MP3 inside of WAV
         return Layout(mp3=(data.start, data.start + min(promised, rest)))
     return Layout(patch)
@@ -215,6 +210,46 @@ def _first_streams(file: Bytes) -> set[bytes]:
             return found
         found.add(page[14:18])
         place += 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def is_ogg_flac(head: bytes) -> bool:
+    """Whether these bytes begin an Ogg file of FLAC (xiph.org/flac/ogg_mapping.html)."""
+    return head[28:33] == b"\x7fFLAC"
+
+
+def flac_of_ogg(data: bytes) -> bytes:
+    """The FLAC file that an Ogg file holds: what its packets carry, end to end."""
+    found, place = bytearray(), 0
+    while data[place : place + 4] == b"OggS":
+        start = place + 27 + data[place + 26]
+        place = start + sum(data[place + 27 : start])
+        found += data[start:place]
+    return bytes(found[9:])  # in front stand 0x7F, "FLAC", the version and the number of headers
+
+
+def _check_sphere(file: Bytes, size: int) -> None:
+    """Raises FormatError where a NIST SPHERE file has fewer samples than its header, in lines of text, counts."""
+    file.seek(0)
+    lines = file.read(1024).split(b"\n")
+    told = {words[0]: words[2] for line in lines if len(words := line.split()) == 3}
+    values = [
+        told.get(b"sample_count"),
+        told.get(b"channel_count", b"1"),
+        told.get(b"sample_n_bytes"),
+        lines[1].strip(),
+    ]
+    if all(value and value.isdigit() for value in values) and told.get(b"sample_coding", b"pcm") in (b"pcm", b"ulaw"):
+        count, channels, width, start = (int(value) for value in values if value)
+        promised, rest = count * channels * width, size - start
+        if promised - rest > TOLERANCE:
+            raise FormatError(_cut_off(promised, rest))
+
+
+def _cut_off(promised: int, rest: int) -> str:
+    return (
+        f"is cut off: its header promises {promised} bytes of audio and {max(rest, 0)} are there; "
+        "fetch or write the file again"
+    )
 
 
 def _check_mp4(file: Bytes, size: int) -> None:

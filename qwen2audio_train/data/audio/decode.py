@@ -210,13 +210,15 @@ def _decoded(file: AudioFile, clip: Clip, start: int, stop: int, dtype: str = "f
             file.seek(start)
         samples = file.read(stop - start, dtype=dtype, always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(clip.path, f"cannot be decoded ({error})") from error
+        raise AudioError(clip.path, f"cannot be decoded ({error}): fetch or write the file again") from error
     # an encoder's last block is not always whole, and headers of media count it so
     missing_s = (stop - start - len(samples)) / file.samplerate
     if missing_s > (END_TOLERANCE_S if isinstance(file, MediaFile) else 0):
         got, promised = (start + len(samples)) / file.samplerate, stop / file.samplerate
         raise AudioError(
-            clip.path, f"ends after {got:.3f} s where its header promises {promised:.3f} s: is it cut off?"
+            clip.path,
+            f"ends after {got:.3f} s where its header promises {promised:.3f} s: is it cut off or damaged? "
+            "`ffmpeg -i IN OUT.flac` keeps what can be read",
         )
     return samples
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from qwen2audio_train.data.audio.foreign import TO_FLAC
 from qwen2audio_train.data.audio.matroska import Clusters, find_clusters
-from qwen2audio_train.data.audio.raw import Bytes, FormatError, Opened
+from qwen2audio_train.data.audio.raw import Bytes, FormatError, Opened, is_adts
 
 MISSING = "is M4A, AAC, WebM or MP4, which needs torchcodec and FFmpeg (pip install 'qwen2audio-train[media]')"
 ADTS_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
@@ -17,11 +18,6 @@ MOST_S = 1801.0
 """Decoded at most to learn the length of a file that does not tell it: as much as a clip may last."""
 LEAD_S = 0.1
 """Opus wants 80 ms before a slice to begin in."""
-
-
-def is_adts(head: bytes) -> bool:
-    """Whether these bytes begin a raw AAC stream."""
-    return len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
 
 
 def is_matroska(head: bytes) -> bool:
@@ -64,7 +60,8 @@ def look_through(file: Bytes, size: int) -> Media:
         length = _decoded(decoder, 0.0, MOST_S).data.shape[1] / rate
         if length > MOST_S - 1:
             raise FormatError("does not say how long it is: `ffmpeg -i IN -c copy OUT` writes that in")
-    return Media(rate, int(about.num_channels), round(length * rate))
+    first = _decoded(decoder, 0.0, LEAD_S)  # of a fragmented MP4 it stands behind the encoder's delay
+    return Media(rate, int(about.num_channels), round(length * rate), float(first.pts_seconds))
 
 
 def _clustered(file: Bytes, clusters: Clusters) -> Media:
@@ -88,21 +85,25 @@ def _opened(file: Bytes | bytes) -> tuple[Any, Any]:
     try:
         from torchcodec.decoders import AudioDecoder  # an extra; it loads FFmpeg's libraries
     except (ImportError, OSError, RuntimeError) as error:
-        raise FormatError(f"{MISSING}: {str(error).strip().splitlines()[0]}") from error
+        raise FormatError(f"{MISSING}, or convert it: {TO_FLAC} ({_first_line(error.__cause__ or error)})") from error
     try:
         if not isinstance(file, bytes):
             file.seek(0)
         decoder = AudioDecoder(file)
         return decoder, decoder.metadata
     except (RuntimeError, ValueError, TypeError) as error:
-        raise FormatError(f"holds no audio that FFmpeg reads ({str(error).strip().splitlines()[0]})") from error
+        raise FormatError(f"holds no audio that FFmpeg reads ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _decoded(decoder: Any, start_s: float | None = None, stop_s: float | None = None) -> Any:
     try:
         return decoder.get_samples_played_in_range(start_s or 0.0, stop_s)
     except (RuntimeError, ValueError) as error:
-        raise FormatError(f"cannot be decoded ({str(error).strip().splitlines()[0]})") from error
+        raise FormatError(f"cannot be decoded ({_first_line(error)})") from error
 
 
 def _adts_seconds(data: bytes) -> float:

@@ -13,8 +13,9 @@ from typing import TypeAlias
 
 import soundfile
 
-from qwen2audio_train.data.audio.containers import Layout, examine
+from qwen2audio_train.data.audio.containers import Layout, examine, flac_of_ogg
 from qwen2audio_train.data.audio.ffmpeg import Media, MediaFile, is_media, look_through
+from qwen2audio_train.data.audio.foreign import TO_FLAC
 from qwen2audio_train.data.audio.mp3 import MOST_JUNK, Frames, Mp3File, begins_midway, find_frames
 from qwen2audio_train.data.audio.raw import FormatError, Patch, mended
 from qwen2audio_train.data.storage.blobs import Place, Span
@@ -68,6 +69,11 @@ NOT_KNOWN = "format not recognised"
 def open_audio(path: str, source: Source, limits: AudioLimits) -> AudioFile:
     """The open file, of its true length and within the limits. Raises AudioError, FormatError, BlobError, OSError."""
     layout, inside = _known(source)
+    if layout.tags:
+        return open_audio(path, _behind(source, layout.tags), limits)
+    if layout.is_ogg_flac:
+        with _raw(source) as file:
+            return open_audio(path, flac_of_ogg(file.read(limits.max_bytes)), limits)
     if isinstance(inside, Frames):
         return _checked(Mp3File(_raw(source), inside), path, limits)
     if isinstance(inside, Media):
@@ -78,12 +84,20 @@ def open_audio(path: str, source: Source, limits: AudioLimits) -> AudioFile:
         told = getattr(error, "error_string", str(error))  # without the address of a file object
         why = NOT_KNOWN if "not a regular file" in told else told  # its words for a file of text, say
         raise AudioError(
-            path, f"is no audio that libsndfile reads ({why}); WAV, FLAC, OGG and MP3 are: convert it to one of them"
+            path,
+            f"is no audio that libsndfile reads ({why}); WAV, FLAC, OGG and MP3 are: {TO_FLAC}, if FFmpeg reads it",
         ) from error
 
 
 def _raw(source: Source, patch: Patch | None = None) -> io.BytesIO | Span:
     return Span(source, patch) if isinstance(source, Place) else io.BytesIO(mended(source, patch))
+
+
+def _behind(source: Source, tags: int) -> Source:
+    """A file without the bytes of tags in front."""
+    if isinstance(source, bytes):
+        return source[tags:]
+    return Place(source.path, source.offset + tags, None if source.size is None else source.size - tags)
 
 
 def _sound_file(source: Source, patch: Patch | None = None) -> soundfile.SoundFile:
@@ -114,6 +128,8 @@ def _looked_through(source: Source) -> tuple[Layout, Inside]:
     with _raw(source) as file:
         size = file.seek(0, os.SEEK_END)
         layout = examine(file, size)
+        if layout.tags or layout.is_ogg_flac:
+            return layout, None
         file.seek(0)
         if is_media(file.read(12)):
             return layout, look_through(file, size)

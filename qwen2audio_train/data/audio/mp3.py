@@ -14,6 +14,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from qwen2audio_train.data.audio.containers import is_mpeg
+from qwen2audio_train.data.audio.foreign import TO_FLAC
 from qwen2audio_train.data.audio.raw import Bytes, FormatError, Opened
 
 BIT_RATES = {
@@ -155,7 +156,10 @@ def _walk(data: bytes, shape: _Shape) -> tuple[list[int], int]:
     while place <= last:
         size = sizes[data[place + 2]] if data[place] == 0xFF and data[place + 1] & 0xFE == kind else 0
         if not size:
-            place = _next_frame(data, place + 1, sizes, kind)
+            junk, place = place, _next_frame(data, place + 1, sizes, kind)
+            if _first_frame(data[junk:place]) is not None:
+                lasts = len(starts) * shape.samples / shape.samplerate
+                raise FormatError(f"goes on at another sampling rate after {lasts:.3f} s: {TO_FLAC}")
             continue
         starts.append(place)
         place += size
@@ -218,19 +222,19 @@ class Mp3File(Opened):
     def _frames(self, first: int, last: int) -> bytearray:
         """Frames first .. last - 1; those that borrow bytes of frames before `first` are made silent."""
         found = self._found
-        start, stop = int(found.starts[first]), int(found.starts[last])
-        self._file.seek(start)
-        data = bytearray(self._file.read(min(stop, found.stop) - start)).ljust(stop - start, b"\0")
+        begin, stop = int(found.starts[first]), int(found.starts[last])
+        self._file.seek(begin)
+        data = bytearray(self._file.read(min(stop, found.stop) - begin)).ljust(stop - begin, b"\0")
+        places = [int(place) - begin for place in found.starts[first:last]]
         shape, lent = _Shape(found.header), 0
-        for number in range(first, min(last, first + MOST_LENDERS) if shape.layer == 1 else first):
-            start, end = (int(place - found.starts[first]) for place in found.starts[number : number + 2])
-            side = start + (4 if data[start + 1] & 1 else 6)
+        for place in places[:MOST_LENDERS] if shape.layer == 1 else ():
+            side, end = place + (4 if data[place + 1] & 1 else 6), place + shape.sizes[data[place + 2]]
             bits = 9 if found.samples_per_frame == 1152 else 8  # that say how many bytes are borrowed
             if int.from_bytes(data[side : side + 2], "big") >> 16 - bits > lent:
                 all_there_are = min(lent, 2**bits - 1) << 16 - bits  # mpg123 hands on only what a frame borrows
                 data[side : side + shape.side_info] = all_there_are.to_bytes(2, "big").ljust(shape.side_info, b"\0")
             lent += end - side - shape.side_info
-        return data
+        return bytearray().join(data[place : place + shape.sizes[data[place + 2]]] for place in places)  # without junk
 
 
 def _lead(header: bytes, num_frames: int) -> tuple[bytes, int]:

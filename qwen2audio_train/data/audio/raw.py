@@ -28,6 +28,11 @@ def mended(data: bytes, patch: Patch | None) -> bytes:
     return data if patch is None else data[: patch[0]] + patch[1] + data[patch[0] + len(patch[1]) :]
 
 
+def is_adts(head: bytes) -> bool:
+    """Whether these bytes begin a raw AAC stream."""
+    return len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
+
+
 class Opened:
     """A file whose length is known, with as much of `soundfile.SoundFile` as it takes to read a clip; a child reads."""
 

@@ -34,6 +34,11 @@ REFUSED = {
     "empty.flac": "is empty",
     "archive.wav": "zip archive",
     "ten_ms.wav": "too short",
+    "wma.wma": "is WMA",
+    "wavpack.wv": "is WavPack",
+    "stream.ts": "transport stream",
+    "aac.wav": "convert|ffmpeg -i",
+    "two_rates.mp3": "another sampling rate",
     "sox.caf": "has its header twice",
     "sox.w64": "has its header twice",
 }
@@ -64,7 +69,7 @@ def write_files(folder: Path) -> None:
     write_sources(folder)
     write_no_audio(folder)
     if shutil.which("sox"):
-        for form in ("wav", "flac", "aiff", "au", "ogg", "caf", "w64"):
+        for form in ("wav", "flac", "aiff", "au", "ogg", "caf", "w64", "sph"):
             with (folder / f"sox.{form}").open("wb") as out:
                 piped = subprocess.Popen(["sox", folder / "mono.wav", "-t", form, "-"], stdout=subprocess.PIPE)
                 assert piped.stdout is not None
@@ -92,6 +97,8 @@ def write_mp3(folder: Path) -> None:
     art = b"ID3\3\0\0" + bytes(size >> shift & 127 for shift in (21, 14, 7, 0)) + np.random.default_rng(1).bytes(size)
     (folder / "art.mp3").write_bytes(art + tagged)
     (folder / "id3v1.mp3").write_bytes(tagged + b"TAG" + bytes(125))
+    (folder / "ape.mp3").write_bytes(tagged + b"APETAGEX" + struct.pack("<IIII8x", 2000, 32, 0, 0))
+    (folder / "two_rates.mp3").write_bytes(tagged + (folder / "stereo_tag.mp3").read_bytes())
     (folder / "joined_midway.mp3").write_bytes(tagged[len(tagged) // 3 :])
     (folder / "half_bare.mp3").write_bytes(tagged[: len(tagged) * 6 // 10 + 7])
 
@@ -111,6 +118,17 @@ def write_containers(folder: Path) -> None:
         "flac.mka": ["-c:a", "flac"],
         "vorbis.webm": ["-c:a", "libvorbis"],
         "alac.m4a": ["-c:a", "alac"],
+        "parts.m4a": ["-c:a", "aac", "-movflags", "frag_keyframe+empty_moov"],
+        "tagged.aac": ["-c:a", "aac", "-write_id3v2", "1"],
+        "flac.ogg": ["-c:a", "flac"],
+        "six.ogg": ["-c:a", "libvorbis", "-ac", "6"],
+        "double.wav": ["-c:a", "pcm_f64le"],
+        "byte.wav": ["-c:a", "pcm_u8"],
+        "deep.flac": ["-sample_fmt", "s32"],
+        "wma.wma": ["-c:a", "wmav2"],
+        "wavpack.wv": ["-c:a", "wavpack"],
+        "stream.ts": ["-c:a", "aac"],
+        "aac.wav": ["-c:a", "aac"],
         **{f"plain.{form}": [] for form in ("flac", "ogg", "opus", "mp3", "aiff", "w64", "au", "caf", "webm", "m4a")},
     }.items():
         ffmpeg(folder, name, *options)

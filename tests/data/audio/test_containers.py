@@ -29,6 +29,7 @@ FORMS = {
     "w64": ("W64", "PCM_16"),
     "au": ("AU", "PCM_16"),
     "caf": ("CAF", "PCM_16"),
+    "sph": ("NIST", "PCM_16"),
     "flac": ("FLAC", "PCM_16"),
     "ogg": ("OGG", "VORBIS"),
     "opus": ("OGG", "OPUS"),
@@ -71,8 +72,69 @@ def test_half_a_file_is_refused_by_whoever_opens_it(form: str) -> None:
                 read(Clip("a.x", None), data)
         with pytest.raises(AudioError):
             probe("a.x", data)
-    if form not in ("mp3", "opus", "ogg", "w64"):  # what stands after the samples is no matter
+    if form not in ("mp3", "opus", "ogg", "w64", "sph"):  # what stands after the samples is no matter
         assert lengths(whole + b"junk" * 9) == {seconds}
+
+
+def test_flac_in_ogg_as_ffmpeg_writes_it(tmp_path: Path) -> None:
+    """Pages are laid around a FLAC file by hand: a packet of the header, one of the comment, then the frames."""
+    flac = written("flac")
+    first = 42
+    packets = [b"\x7fFLAC\1\0\0\1" + flac[:first], *(flac[at : at + 20_000] for at in range(first, len(flac), 20_000))]
+
+    def page(number: int, packet: bytes) -> bytes:
+        lacing = bytes([255] * (len(packet) // 255) + [len(packet) % 255])
+        flags = 2 * (number == 0) + 4 * (number == len(packets) - 1)
+        return b"OggS\0" + struct.pack("<BqIII", flags, 0, 7, number, 0) + bytes([len(lacing)]) + lacing + packet
+
+    ogg = b"".join(page(number, packet) for number, packet in enumerate(packets))
+    assert lengths(ogg) == {SECONDS}
+    assert np.array_equal(load_audio(Clip("a.ogg", None), ogg), load_audio(Clip("a.flac", None), flac))
+    path = tmp_path / "a.ogg"
+    path.write_bytes(ogg)
+    part = load_audio(Clip(str(path), None, 1.0, 2.0))
+    assert np.array_equal(part, load_audio(Clip("a.flac", None, 1.0, 2.0), flac))
+    with pytest.raises(AudioError, match="is cut off"):
+        load_audio(Clip("a.ogg", None), ogg[: len(ogg) // 2])
+
+
+def test_an_rf64_whose_size_was_never_filled_in_is_read_to_its_end() -> None:
+    data = written("rf64.wav")
+    place = data.index(b"ds64") + 16
+    assert lengths(data[:place] + bytes(8) + data[place + 8 :]) == {SECONDS}
+
+
+def test_tags_in_front_of_ogg_are_passed_over() -> None:
+    assert lengths(b"ID3\4\0\0\0\0\0\x0a" + bytes(10) + written("ogg")) == lengths(written("ogg"))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", r"is WMA \(ASF\), which is not read here: `ffmpeg"),
+        (b"#!AMR\n", "is AMR, which"),
+        (b"OggS" + bytes(24) + b"Speex   ", "is Speex, which"),
+        (b"RIFF\0\0\0\0AVI LIST", "is AVI, which"),
+        ((b"G" + bytes(187)) * 3, "is an MPEG transport stream, which"),
+        ("hello".encode("utf-16"), "is text in UTF-16"),
+        (b"#EXTM3U\n", "is a playlist"),
+        (b"\x89PNG", "is an image"),
+        (bytes(257) + b"ustar" + bytes(250), "is a tar archive: name it as a source"),
+    ],
+)
+def test_what_is_not_read_is_named(data: bytes, says: str) -> None:
+    with pytest.raises(AudioError, match=says):
+        load_audio(Clip("a.wav", None), data.ljust(40, b"\0"))
+
+
+def test_mp3_that_goes_on_at_another_rate_is_refused_and_junk_is_not() -> None:
+    one, other = written("mp3"), written("mp3", voice(rate=32_000), 32_000)
+    with pytest.raises(AudioError, match="goes on at another sampling rate after 3"):
+        load_audio(Clip("a.mp3", None), one + other)
+    found = find_frames(one)
+    middle = int(found.starts[len(found.starts) // 2])
+    junk = one[:middle] + np.random.default_rng(0).bytes(5_000).replace(b"\xff", b"\0") + one[middle:]
+    assert np.array_equal(load_audio(Clip("a.mp3", None), junk), load_audio(Clip("a.mp3", None), one))
 
 
 def data_field(data: bytes) -> int:
