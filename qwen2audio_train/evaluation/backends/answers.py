@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,11 @@ def scored(
         texts,
         failed,
         caveats=notes,
+        asked=asked,
         settings={**settings, "max_new_tokens": options.max_new_tokens, "seed": options.seed},
         bootstrap_samples=options.bootstrap_samples,
         seed=options.seed,
     )
-    if asked:
-        in_chats = {example.source for example in examples if isinstance(example, ChatExample)}
-        rows = (row if row.source in in_chats else replace(row, prompt=asked) for row in found.rows)
-        found = replace(found, rows=tuple(rows))
     if rank_and_world()[0] == 0:
         save(found, options.output_dir)
     return found

@@ -12,6 +12,7 @@ from qwen2audio_train.data.prompts.render import Text, render
 from qwen2audio_train.evaluation.scoring.benchmarks import Benchmark, Metric, benchmarks
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER
 from qwen2audio_train.evaluation.scoring.score import STAMPS
+from qwen2audio_train.evaluation.scoring.table import NAMES
 
 HOW: dict[Metric, str] = {
     "error_rate": "edits over reference length, corpus-level, after the normaliser of the language (normalise.py)",
@@ -22,7 +23,7 @@ HOW: dict[Metric, str] = {
     "letter": "the one letter that the answer names; none or several are wrong and counted",
     "judge": "mean of a judge's scores in both orders (launch/evaluate.py judge)",
     "hallucination": "share of recordings without speech that are answered with words",
-    "captions": "CIDEr-D against all captions of a clip, by pycocoevalcap",
+    "captions": "CIDEr-D against all captions of a clip, by pycocoevalcap; ROUGE-L, BLEU-4, METEOR, SPICE, SPIDEr too",
     "map": "mean average precision over the classes, named classes as 1, others as 0",
     "timestamps": "AAS: shifts of start and end added, in ms, over the words that both texts have",
 }
@@ -48,8 +49,11 @@ WHO = {
     "declared": ("the instruct model on the benchmark's board", "same match; their prompt was not compared"),
     "remeasured": ("the instruct model by others", "same match; their prompts were not compared"),
     "qwen2_audio_instruct": ("the instruct model, by the source in the note", UNCHECKED),
+    "r1_aqa": ("the instruct model after GRPO, R1-AQA's own figure", UNCHECKED),
     "west_grpo": ("the instruct model after GRPO, wenet-e2e/west issue 117", UNCHECKED),
     "qwen2_audio": ("the instruct model on VoiceBench's board", "no: overall score of 0 to 100"),
+    "blsp": ("BLSP, by AIR-Bench", "same protocol where prompt and judge are"),
+    "pandagpt": ("PandaGPT, by AIR-Bench", "same protocol where prompt and judge are"),
     "gemini_1_5_pro": ("Gemini 1.5 Pro, in the Qwen2-Audio report", "same protocol where prompt and judge are"),
 }
 
@@ -82,6 +86,8 @@ def page() -> str:
 def _row(benchmark: Benchmark) -> tuple[str, ...]:
     metric = "CER" if benchmark.metric == "error_rate" and benchmark.language in PER_CHARACTER else benchmark.metric
     published = ", ".join(f"{who} {value:g}" for who, value in benchmark.published.items())
+    for name, figures in benchmark.also.items():
+        published += "".join(f", {NAMES.get(name, name)} of {who} {value:g}" for who, value in figures.items())
     card = f"[{benchmark.card}](../data_manifests/cards/{benchmark.card}.yaml)" if benchmark.card else ""
     return benchmark.stamp, card, metric, f"`{asked(benchmark)}`", published, benchmark.note
 

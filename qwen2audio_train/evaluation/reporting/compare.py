@@ -129,13 +129,14 @@ def comparison_table(compared: Compared) -> str:
         unit = 100 if c.metric in PERCENT else 1
         value, low, high = (unit * x for x in (c.difference.value, c.difference.low, c.difference.high))
         cells = [c.source, c.language or "", NAMES.get(c.metric, c.metric), f"{value:+.1f}"]
-        rows.append([*cells, f"[{low:+.1f}, {high:+.1f}]", str(c.n), f"{c.difference.p_value:.3f}"])
+        rows.append([*cells, f"[{low:+.1f}, {high:+.1f}]", str(c.n), f"{c.difference.p_value:.3f}", c.scoring])
     notes = [f"not compared: {name} has no counts per utterance" for name in compared.without_counts]
     if compared.only_first or compared.only_second:
         notes.append(
             f"left out: {compared.only_first} examples of the first alone, {compared.only_second} of the second"
         )
-    table = aligned(["source", "lang", "metric", "change", "95 %", "n", "p"], rows, right=(3, 5, 6))
+    header = ["source", "lang", "metric", "change", "95 %", "n", "p", "scored by"]
+    table = aligned(header, rows, right=(3, 5, 6))
     return "\n".join([table, *notes])
 
 

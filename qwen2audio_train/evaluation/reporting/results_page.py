@@ -56,8 +56,18 @@ def joined(results: Sequence[Result]) -> dict[Key, list[Row | None]]:
     return rows
 
 
+def stamps_of(found: Sequence[Row | None]) -> tuple[str, str]:
+    """How the values of a line were scored and asked; where the evaluations differ, one stamp each in their order."""
+    rows = [row for row in found if row is not None]
+    scoring, prompt = ([getattr(row, name) for row in rows] for name in ("scoring", "prompt"))
+    one, other = (", ".join(stamps[:1] if len(set(stamps)) == 1 else stamps) for stamps in (scoring, prompt))
+    return one, other
+
+
 def difference_text(row: Row, published: float) -> str:
     """Ours minus theirs, in the unit of the metric: `+0.3`."""
+    if not math.isfinite(row.score.value):
+        return "–"
     factor = 100 if row.score.metric in PERCENT else 1
     return f"{factor * (row.score.value - published):+.1f}"
 
@@ -73,14 +83,16 @@ def _numbers(results: Sequence[Result]) -> str:
         )
         label = f"\u2003{escape(kind)}" if kind else escape(source)
         head = [label, escape(task), escape(language or ""), escape(NAMES.get(metric, metric))]
-        tail = [str(last.score.n), escape(extra_text(last.score)), published, escape(last.scoring)]
+        tail = [str(last.score.n), escape(extra_text(last.score)), published, *map(escape, stamps_of(found))]
         body.append([*head, *values, *tail])
     header = ["source", "task", "language", "metric", *(escape(r.name) for r in results)]
     text = (
         "Values with 95 % intervals; beside them chance, majority and other recipes, and published figures with the "
         "difference of the last column's value from them."
     )
-    table = html_table([*header, "n", "beside it", "published", "scored by"], body, range(4, 5 + len(results)))
+    table = html_table(
+        [*header, "n", "beside it", "published", "scored by", "asked by"], body, range(4, 5 + len(results))
+    )
     return section("All numbers", text, table)
 
 

@@ -75,18 +75,19 @@ def choose_showcase(
 
 def stage_table(summary: RunSummary) -> str:
     """Every held-out score after each stage, as aligned columns."""
-    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str, str, str, str], list[str]] = {}
     for place, stage in enumerate(summary.stages):
         for record in stage.metrics:
-            key = (record.source, record.language or "", record.kind, record.metric)
+            key = (record.source, record.language or "", record.kind, record.metric, record.scoring, record.prompt)
             cells = rows.setdefault(key, ["–"] * len(summary.stages))
             interval = interval_text(record.metric, record.low, record.high)
             cells[place] = f"{value_text(record.metric, record.value)} {interval}".strip()
     header = ["source", "lang", "part", "metric", *(f"after {stage.name}" for stage in summary.stages)]
     body = [
-        [source, lang, kind, NAMES.get(metric, metric), *cells] for (source, lang, kind, metric), cells in rows.items()
+        [source, lang, kind, NAMES.get(metric, metric), *cells, *stamps]
+        for (source, lang, kind, metric, *stamps), cells in rows.items()
     ]
-    return aligned(header, body)
+    return aligned([*header, "scored by", "asked by"], body)
 
 
 def _showcase(example: Any, clip: Clip, reference: str, decoded: dict[str, str]) -> Showcase:

@@ -6,17 +6,20 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qwen2audio_train.errors import UserError
+from qwen2audio_train.evaluation.scoring.asked import AS_WRITTEN
 from qwen2audio_train.evaluation.scoring.bootstrap import Score
 from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, plain
 from qwen2audio_train.evaluation.scoring.likelihood import PairScores
 
 FILE = "summary.json"
 VERSION = 1
+PAIRS = "pairs/1"
+"""How pairs are scored: the chosen answer's log-probability against the best of the others."""
 
 
 class SummaryError(UserError):
@@ -27,7 +30,7 @@ class SummaryError(UserError):
 class MetricRecord:
     """One held-out score: shares as fractions, BLEU in points; `kind` names a part of the source, "" is all of it.
 
-    `value`, `low` and `high` are None where nothing could be counted.
+    `value`, `low` and `high` are None where nothing could be counted; `scoring` and `prompt` are those of a `Row`.
     """
 
     source: str
@@ -41,6 +44,8 @@ class MetricRecord:
     kind: str = ""
     extra: Mapping[str, float | None] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
+    scoring: str = ""
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,12 @@ class RunSummary:
 def metric_records(evaluation: Evaluation) -> tuple[MetricRecord, ...]:
     """The scores of an evaluation."""
     return tuple(
-        _record(row.score, row.source, row.task, row.language, row.kind, row.published) for row in evaluation.rows
+        replace(
+            _record(row.score, row.source, row.task, row.language, row.kind, row.published),
+            scoring=row.scoring,
+            prompt=row.prompt,
+        )
+        for row in evaluation.rows
     )
 
 
@@ -102,8 +112,9 @@ def pair_records(pairs: PairScores, source: str, kind: str = "") -> tuple[Metric
     scores = [pairs.accuracy, pairs.margin]
     for score in (pairs.reward_accuracy, pairs.reward_margin):
         if score is not None:
-            scores.append(dataclasses.replace(score, metric=f"reward_{score.metric}"))
-    return tuple(_record(score, source, "preference", kind=kind) for score in scores)
+            scores.append(replace(score, metric=f"reward_{score.metric}"))
+    records = (_record(score, source, "preference", kind=kind) for score in scores)
+    return tuple(replace(record, scoring=PAIRS, prompt=AS_WRITTEN) for record in records)
 
 
 def write_summary(summary: RunSummary, folder: str | Path) -> Path:

@@ -41,6 +41,7 @@ class Benchmark:
     style: Literal["base", "chat"] = "base"
     prompt: str = ""
     published: Mapping[str, float] = field(default_factory=dict)
+    also: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     note: str = ""
     card: str = ""
     version: int = 1

@@ -1,9 +1,10 @@
 """Caption metrics of the COCO evaluation server (arXiv:1504.00325) by pycocoevalcap, which the published scripts use.
 
-CIDEr-D (the library calls it CIDEr), ROUGE-L and BLEU-4; METEOR where there is Java. SPICE and SPIDEr, its mean with
-CIDEr-D, are left out: they need a parser whose models are downloaded at the first use. Captions are tokenised by the
-Stanford tokenizer that comes with the library, a Java program; without Java they are put into lower case and split at
-what is neither a letter, a digit, an apostrophe nor a hyphen, and the stamp says so.
+CIDEr-D (the library calls it CIDEr), ROUGE-L and BLEU-4; METEOR where there is Java. SPICE (arXiv:1607.08822) and
+SPIDEr, its mean with CIDEr-D, need the jars of a parser beside the library's, which it would download: without them
+their rows have no value, and a note says why. Captions are tokenised by the Stanford tokenizer that comes with the
+library, a Java program; without Java they are put into lower case and split at what is neither a letter, a digit, an
+apostrophe nor a hyphen, and the stamp says so.
 
 n captions, each with one or more references.
 """
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.evaluation.scoring.bootstrap import Score, mean_score
 
 JAVA = "java"
+PARSER = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+"""What SPICE needs in the folder spice/lib of pycocoevalcap."""
+
+NO_SPICE = (
+    f"SPICE and SPIDEr were not computed: they need Java, and {' and '.join(PARSER)} "
+    "(nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip) in the folder spice/lib of pycocoevalcap"
+)
+NAN = float("nan")
 Tokenised = dict[int, list[str]]
 
 
@@ -35,10 +45,10 @@ def stamp() -> str:
 def caption_scores(
     references: Sequence[Sequence[str]], hypotheses: Sequence[str], *, samples: int = 1000, seed: int = 0
 ) -> list[Score]:
-    """CIDEr-D first, then ROUGE-L, BLEU-4 and, where there is Java, METEOR.
+    """CIDEr-D first, then ROUGE-L, BLEU-4, SPICE, SPIDEr and, where there is Java, METEOR.
 
-    The intervals are those of means over captions, given the document frequencies of all references; BLEU-4 is the
-    corpus's and has none.
+    SPICE and SPIDEr are NaN where they cannot be computed. The intervals are those of means over captions, given the
+    document frequencies of all references; BLEU-4 is the corpus's and has none.
 
     Raises:
         MissingLibraryError: pycocoevalcap is not installed.
@@ -50,11 +60,34 @@ def caption_scores(
     found = [
         mean_score("cider_d", cider, samples=samples, seed=seed),
         mean_score("rouge_l", rouge, samples=samples, seed=seed),
-        Score("bleu_4", float(bleu[3]), float("nan"), float("nan"), len(hypotheses)),
+        Score("bleu_4", float(bleu[3]), NAN, NAN, len(hypotheses)),
     ]
+    if has_spice():
+        spice = _spice(wanted, said)
+        found += [
+            mean_score(name, values, samples=samples, seed=seed)
+            for name, values in (("spice", spice), ("spider", (spice + np.asarray(cider)) / 2))
+        ]
+    else:
+        found += [Score(name, NAN, NAN, NAN, len(hypotheses)) for name in ("spice", "spider")]
     if shutil.which(JAVA):
         found.append(mean_score("meteor", _meteor(wanted, said), samples=samples, seed=seed))
     return found
+
+
+def has_spice() -> bool:
+    """Whether SPICE can be computed here."""
+    found = find_spec("pycocoevalcap")
+    folders = [] if found is None else list(found.submodule_search_locations or ())
+    return bool(shutil.which(JAVA)) and any(
+        all(Path(folder, "spice", "lib", jar).is_file() for jar in PARSER) for folder in folders
+    )
+
+
+def _spice(wanted: Tokenised, said: Tokenised) -> np.ndarray:
+    """F-score of every caption's scene graph, (n,)."""
+    _, found = _library("spice.spice").Spice().compute_score(wanted, said)
+    return np.array([one["All"]["f"] for one in found])
 
 
 def _library(name: str) -> Any:

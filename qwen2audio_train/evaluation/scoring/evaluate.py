@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qwen2audio_train.config.data import LongAudio, SampleRecipe
-from qwen2audio_train.data.examples import Example, PreferenceExample, UnpairedExample, clips_of
+from qwen2audio_train.data.examples import Example, PreferenceExample, TaskExample, UnpairedExample, clips_of
 from qwen2audio_train.data.samples.recipe import plain as plain_recipe
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import GREEDY, Decoding, generate_texts
 from qwen2audio_train.evaluation.decoding.kept import KeptAnswers, weights_key
 from qwen2audio_train.evaluation.decoding.lazy_samples import Audio, LazySamples
+from qwen2audio_train.evaluation.scoring import captions
+from qwen2audio_train.evaluation.scoring.asked import asked_by
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
 from qwen2audio_train.evaluation.scoring.likelihood import held_out_loss, score_labels
 from qwen2audio_train.evaluation.scoring.normalise import caveats as language_caveats
@@ -104,6 +106,7 @@ def evaluate(
         prompts.failed,
         train_examples=train_examples,
         caveats=_long_audio(prompts),
+        recipe=recipe,
         settings={**settings, "seed": seed, "dtype": str(unwrap(model).dtype).removeprefix("torch.")},
         bootstrap_samples=bootstrap_samples,
         seed=seed,
@@ -112,7 +115,8 @@ def evaluate(
     if label_likelihood:
         asked = list(zip(items, prompts.examples, strict=True))
         drawn = {"samples": bootstrap_samples, "seed": seed, "tokens_per_batch": decoding.tokens_per_batch}
-        rows = (*rows, *option_rows(model, tokenizer, asked, recipe, audio=audio, **drawn))
+        likeliest = option_rows(model, tokenizer, asked, recipe, audio=audio, **drawn)
+        rows = (*rows, *_stamped(likeliest, items, prompts.examples, recipe, ""))
     return dataclasses.replace(found, rows=rows, loss=loss, wall_s=time.perf_counter() - started)
 
 
@@ -123,6 +127,8 @@ def evaluation_of(
     *,
     train_examples: Iterable[Example] = (),
     caveats: Sequence[str] = (),
+    recipe: SampleRecipe = SampleRecipe(),
+    asked: str = "",
     settings: Mapping[str, Any],
     bootstrap_samples: int = 1000,
     seed: int = 0,
@@ -131,20 +137,41 @@ def evaluation_of(
 
     Args:
         texts: the answer to every example; None where there is none, for the reason in `failed` by place.
+        recipe: how the examples were made into prompts.
+        asked: stamp of how examples of the task form were asked, where that is not as the recipe says.
     """
     items = [item for item in map(item_of, examples) if item is not None]
     answered = [one for one in zip(items, texts, examples, strict=True) if one[1] is not None]
     decoded = [(item, text or "") for item, text, _ in answered]
     rows = score_texts(decoded, Seen.of(train_examples), bootstrap_samples=bootstrap_samples, seed=seed)
     return Evaluation(
-        rows=tuple(rows),
+        rows=tuple(_stamped(rows, items, examples, recipe, asked)),
         loss={},
         texts=tuple(_text_record(item, text or "", example) for item, text, example in answered),
         failed={examples[place].id: reason for place, reason in sorted(failed.items())},
-        caveats=(*language_caveats(item.language for item in items if item.metric == "error_rate"), *caveats),
+        caveats=(
+            *language_caveats(item.language for item in items if item.metric == "error_rate"),
+            *([captions.NO_SPICE] if _has_captions(items) and not captions.has_spice() else []),
+            *caveats,
+        ),
         settings=dict(settings),
         wall_s=0.0,
     )
+
+
+def _stamped(
+    rows: Sequence[Row], items: Sequence[Item], examples: Sequence[Example], recipe: SampleRecipe, asked: str
+) -> Iterator[Row]:
+    """The rows with how their items were asked; what one of a source and task was asked, all were."""
+    first = {(item.source, item.task): example for item, example in zip(items, examples, strict=True)}
+    for row in rows:
+        example = first[row.source, row.task]
+        is_task = isinstance(example, TaskExample)
+        yield dataclasses.replace(row, prompt=asked if asked and is_task else asked_by(example, recipe))
+
+
+def _has_captions(items: Sequence[Item]) -> bool:
+    return any(item.metric == "captions" for item in items)
 
 
 def _deciding(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +238,21 @@ def table(rows: Sequence[Row]) -> str:
                 str(score.n),
                 extra_text(score),
                 published,
+                row.scoring,
+                row.prompt,
             ]
         )
-    header = ["source", "task", "lang", "metric", "value", "95 %", "n", "beside it", "published"]
+    header = [
+        "source",
+        "task",
+        "lang",
+        "metric",
+        "value",
+        "95 %",
+        "n",
+        "beside it",
+        "published",
+        "scored by",
+        "asked by",
+    ]
     return aligned(header, cells, right=(4, 6))

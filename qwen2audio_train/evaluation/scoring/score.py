@@ -40,7 +40,7 @@ class Row:
     Attributes:
         published: other people's figures for it.
         scoring: how answers were read and scored, with its version: `reference/2`.
-        prompt: how a benchmark's items were asked, with the version of its prompt: `librispeech_test_clean/1`.
+        prompt: how the items were asked, with a version (`asked.asked_by`): `librispeech_test_clean/1`.
     """
 
     source: str
@@ -62,13 +62,14 @@ def score_texts(
     for (source, task, language, metric), group in grouped(decoded).items():
         known = benchmarks().get(source)
         items, texts = [item for item, _ in group], [text for _, text in group]
-        stamp, prompt = stamp_of(metric), known.stamp if known else ""
+        stamp = stamp_of(metric)
         main, *others = _scores(metric, items, texts, seen, settings)
-        rows.append(Row(source, task, language, "", main, dict(known.published) if known else {}, stamp, prompt))
+        rows.append(Row(source, task, language, "", main, dict(known.published) if known else {}, stamp))
         others += [*_unseen(metric, items, texts, seen, settings), *_mode_confusion(items, texts, settings)]
-        rows += [Row(source, task, language, "", score, {}, stamp, prompt) for score in others]
+        also = known.also if known else {}
+        rows += [Row(source, task, language, "", score, dict(also.get(score.metric, {})), stamp) for score in others]
         rows += [
-            Row(source, task, language, kind, score, {}, stamp, prompt)
+            Row(source, task, language, kind, score, {}, stamp)
             for kind, score in _by_kind(metric, group, seen, settings)
         ]
     return rows
@@ -130,8 +131,10 @@ def _scores(
         )
     if metric == "map":
         classes = sorted({label.strip() for item in items for label in _labels(item)})
-        tables = (labels.label_table(lines, classes) for lines in (references, texts))
-        return [labels.mean_average_precision(*tables, **settings)]
+        right, named = (labels.label_table(lines, classes) for lines in (references, texts))
+        score = labels.mean_average_precision(right, named, **settings)
+        score.extra["unparsed"] = float((~named.any(axis=1)).sum())
+        return [score]
     if metric == "timestamps":
         wanted, said = ([timestamps.spoken(text) for text in lines] for lines in (references, texts))
         rate = metrics.error_rate(wanted, said, items[0].language, **settings)

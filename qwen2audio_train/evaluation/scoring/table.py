@@ -38,6 +38,8 @@ NAMES = {
     "rouge_l": "ROUGE-L",
     "bleu_4": "BLEU-4",
     "meteor": "METEOR",
+    "spice": "SPICE",
+    "spider": "SPIDEr",
     "map": "mAP",
     "aas_ms": "AAS in ms",
     "label_accuracy": "accuracy by likelihood",

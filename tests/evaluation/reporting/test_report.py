@@ -48,7 +48,7 @@ LEADS = PairScores(Score("pair_accuracy", 0.95, 0.9, 1.0, 50, {"chance": 0.5}), 
 def summary(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 8000).astype("float32"), 16_000)
     rows = (
-        Row("asr_en", "asr", "en", "", WER, {"paper": 0.016}),
+        Row("asr_en", "asr", "en", "", WER, {"paper": 0.016}, "reference/2", "asr/1f3a9c"),
         Row("asr_xx", "asr", "xx", "", UNKNOWN),
         Row("voice_chat", "voice_chat", None, "", RIGHT),
     )
@@ -116,6 +116,8 @@ def test_summary_survives_the_disk(summary, tmp_path):
         "kind": "",
         "extra": 0,
         "published": 0,
+        "scoring": "reference/2",
+        "prompt": "asr/1f3a9c",
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +15,7 @@ from qwen2audio_train.data.examples import Clip, TaskExample
 from qwen2audio_train.evaluation.reporting.results import breakdown, confusion, read_result, worst
 from qwen2audio_train.evaluation.reporting.results_page import render_results
 from qwen2audio_train.evaluation.reporting.results_text import as_latex, as_markdown
-from qwen2audio_train.evaluation.scoring.evaluate import Evaluation, _text_record, save
-from qwen2audio_train.evaluation.scoring.items import Seen, item_of
-from qwen2audio_train.evaluation.scoring.score import score_texts
+from qwen2audio_train.evaluation.scoring.evaluate import evaluation_of, save
 
 
 def evaluation(folder: Path, audio: Path, answers: dict[str, str]) -> Path:
@@ -32,10 +30,10 @@ def evaluation(folder: Path, audio: Path, answers: dict[str, str]) -> Path:
         TaskExample(f"c{i}", clip, "sec", "en", label, "sounds")
         for i, (clip, label) in enumerate(zip(clips, labels, strict=True))
     ]
-    answered = [(item_of(e), answers.get(e.id, e.target), e) for e in examples]
-    rows = score_texts([(item, text) for item, text, _ in answered if item], Seen(), bootstrap_samples=20)
-    texts: Any = tuple(_text_record(item, text, example) for item, text, example in answered if item)
-    save(Evaluation(tuple(rows), {}, texts, {}, ("a caveat",), {"seed": 0}, 1.0), folder)
+    found = evaluation_of(
+        examples, [answers.get(e.id, e.target) for e in examples], {}, settings={"seed": 0}, bootstrap_samples=20
+    )
+    save(replace(found, caveats=("a caveat",)), folder)
     return folder
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from qwen2audio_train.errors import MissingLibraryError
 from qwen2audio_train.evaluation.decoding.generate import embed_prompts
 from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
 from qwen2audio_train.evaluation.scoring import captions, labels, metrics, timestamps
+from qwen2audio_train.evaluation.scoring.evaluate import evaluation_of, table
 from qwen2audio_train.evaluation.scoring.items import Item, Seen, item_of
 from qwen2audio_train.evaluation.scoring.options import option_rows
 from qwen2audio_train.evaluation.scoring.score import check_libraries, score_texts
@@ -119,8 +121,48 @@ def test_captions_are_items_where_all_of_them_are_known(no_java):
     assert item_of(caption).metric == "captions"
     assert item_of(replace(caption, meta={})).metric is None
     rows = score_texts([(item_of(caption), REFERENCES[1]), (item_of(caption), "")], Seen(), bootstrap_samples=10)
-    assert [row.score.metric for row in rows] == ["cider_d", "rouge_l", "bleu_4"]
+    assert [row.score.metric for row in rows] == ["cider_d", "rouge_l", "bleu_4", "spice", "spider"]
     assert rows[1].score.value == 0.5
+
+
+def test_what_spice_lacks_is_said_by_name(no_java):
+    examples = [
+        TaskExample(str(i), Clip("a.wav", 1.0), "aac", None, text, "clotho_captions", meta={"references": [text]})
+        for i, text in enumerate(REFERENCES)
+    ]
+    found = evaluation_of(examples, SAID, {}, settings={}, bootstrap_samples=10)
+    rows = {row.score.metric: row for row in found.rows}
+    assert math.isnan(rows["spice"].score.value)
+    assert (rows["spice"].score.n, rows["spice"].published) == (3, {"qwen_audio": 0.136})
+    assert "stanford-corenlp-3.6.0-models.jar" in "".join(found.caveats)
+    lines = [line.split() for line in table(found.rows).splitlines()]
+    assert [line[3] for line in lines if "SPICE" in line or "SPIDEr" in line] == ["–", "–"]
+
+
+def test_spider_is_the_mean_of_both(monkeypatch, no_java):
+    """The parser itself was not at hand: its scores come from a stand-in in its form."""
+    scores = [0.25, 0.5, 0.75]
+    spice = SimpleNamespace(compute_score=lambda wanted, said: (0.5, [{"All": {"f": f}} for f in scores]))
+    own = captions._library
+    monkeypatch.setattr(captions, "has_spice", lambda: True)
+    monkeypatch.setattr(
+        captions, "_library", lambda name: SimpleNamespace(Spice=lambda: spice) if "spice" in name else own(name)
+    )
+    found = {score.metric: score.value for score in captions.caption_scores([[text] for text in REFERENCES], SAID)}
+    assert found["spice"] == 0.5
+    assert found["spider"] == pytest.approx((found["spice"] + found["cider_d"]) / 2)
+
+
+def test_an_answer_that_names_no_class_is_counted():
+    classes = ["bright", "dark"]
+    items = [
+        item_of(
+            TaskExample(str(i), Clip("a.wav", 1.0), "mnc", None, label, "nsynth_qualities", meta={"choices": classes})
+        )
+        for i, label in enumerate(["bright", "dark", "bright, dark"])
+    ]
+    (row,) = score_texts(list(zip(items, ["bright", "loud", ""], strict=True)), Seen(), bootstrap_samples=10)
+    assert row.score.extra["unparsed"] == 2.0
 
 
 def test_what_a_score_needs_is_asked_for_before_anything_is_decoded(monkeypatch):
