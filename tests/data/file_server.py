@@ -8,7 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; `faults[path]` is what the next answers do: a status, "stall", "break" after half of it."""
+    """Serves `files`; `faults[path]` is what the next answers do.
+
+    A status, "stall", "break" after half of it, or "break and change".
+    """
 
     daemon_threads = True
 
@@ -45,9 +48,15 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked[6:-1]) if asked and self.server.ranges else 0
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", hashlib.blake2b(data).hexdigest())
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if what == "stall":
             time.sleep(1.5)
+        if what == "break and change":
+            self.server.files[self.path] = bytes(reversed(data))
+            what = "break"
         self.wfile.write(data[start : start + (len(data) - start) // 2] if what == "break" else data[start:])
         self.close_connection = True
 

@@ -259,7 +259,7 @@ def _first_rows(file: str, remote: Remote) -> Rows:
 def _local(file: str, remote: Remote) -> str:
     if "://" not in file:
         return file
-    return remote.shard(file) if file.endswith(".tar") else remote.current(file)
+    return remote.current_tar(file) if file.endswith(".tar") else remote.current(file)
 
 
 def _tables(file: str, split: str | None) -> list[str]:

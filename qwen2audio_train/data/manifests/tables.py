@@ -27,6 +27,7 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 TABLE_SUFFIXES = (*DELIMITERS, *JSON_SUFFIXES)
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+UTF32_MARKS = {b"\xff\xfe\0\0": "UTF-32LE", b"\0\0\xfe\xff": "UTF-32BE"}
 _CELL = r'(?:"(?:[^"]|"")*"|[^",\r\n]*)'
 PROPER_ROW = re.compile(rf"{_CELL}(?:,{_CELL})*[\r\n]*")
 MOST_LINES = 200
@@ -102,6 +103,10 @@ def _text_lines(file: str, shown: str) -> Iterator[tuple[int, str | ManifestErro
     try:
         with open_lines(file) as probe:
             head = probe.read(2**16)
+            if utf32 := UTF32_MARKS.get(head[:4]):
+                expected = "UTF-8 text (write the file anew: iconv -f UTF-32 -t UTF-8 IN > OUT)"
+                yield 1, ManifestError(shown, 1, "", expected, f"the mark of {utf32}")
+                return
             utf16, is_mac = head[:2] in UTF16_MARKS, b"\r" in head and b"\n" not in head
         with open_lines(file) as lines:
             if utf16:

@@ -28,6 +28,7 @@ from typing import IO, TypeVar
 from qwen2audio_train.data.storage.blobs import BlobError, Place, container, find_inside, is_inside
 from qwen2audio_train.data.storage.files import locked, write_whole
 from qwen2audio_train.data.storage.paths import check_url, shown
+from qwen2audio_train.data.storage.remote_state import UNTOLD, State, is_another, told_by
 
 Result = TypeVar("Result")
 
@@ -43,8 +44,8 @@ _FAILED: dict[str, tuple[float, str]] = {}
 """When a shard could last not be had, or a host not be reached, and why; by place in the cache and by host."""
 
 
-_STATES: dict[tuple[str, str], str] = {}
-"""State of each table, by cache and URL, as its server told it to this process."""
+_STATES: dict[tuple[str, str], State] = {}
+"""State of each table or tar, by cache and URL, as its server told it to this process."""
 
 
 class RemoteError(BlobError):
@@ -143,18 +144,40 @@ class Remote:
 
         Asked once in the life of a process; where a server does not answer, the copy that was the last to be current.
         """
+        note, state = Path(f"{self._place(url)}.state"), self._state(url)
+        if any(state):
+            write_whole(note, [json.dumps(state)])
+        return self.shard(url, state=note.read_text(encoding="utf-8") if note.exists() else "")
+
+    def current_tar(self, url: str) -> str:
+        """`shard` of a tar, if the server still has the one that was fetched: places in it are written down.
+
+        Raises:
+            RemoteError: the server has another by now.
+        """
+        if self._place(url).exists():
+            self._refuse_another(url, self._state(url))
+        return self.shard(url)
+
+    def _refuse_another(self, url: str, state: State) -> None:
+        note = Path(f"{self._place(url)}.first")
+        if note.exists() and is_another(first := json.loads(note.read_text(encoding="utf-8")), state):
+            told = ", ".join(f"{a} -> {b}" for a, b in zip(first, state, strict=True) if a and b and a != b)
+            raise RemoteError(
+                f"{shown(url)}: has changed on its server since it was fetched first ({told}): "
+                f"to take the new one, delete {self._place(url)}* and make anew what names places in it"
+            )
+
+    def _state(self, url: str) -> State:
+        """What a server tells of a file, asked once in the life of a process."""
         key = (self.cache_dir, url)
         if key not in _STATES:
-            note, state = Path(f"{self._place(url)}.state"), self._state(url)
-            if state is not None:
-                write_whole(note, [state])
-            _STATES[key] = state or (note.read_text(encoding="utf-8") if note.exists() else "")
-        return self.shard(url, state=_STATES[key])
+            _STATES[key] = self._asked_state(url)
+        return _STATES[key]
 
-    def _state(self, url: str) -> str | None:
-        """What a server tells of the state of a file, None where it tells nothing."""
+    def _asked_state(self, url: str) -> State:
         if url.startswith(LOCAL):
-            return None
+            return UNTOLD
         host = "//" + urllib.parse.urlsplit(url).netloc
         try:
             self._refuse_if_failed(host)
@@ -162,15 +185,14 @@ class Remote:
                 import fsspec  # slow to import, and most data is local
 
                 filesystem, path = fsspec.core.url_to_fs(url)
-                return str(filesystem.ukey(path))
+                return [str(filesystem.ukey(path)), None, None]
             request = urllib.request.Request(url, method="HEAD")
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                told = [response.headers.get(key) for key in ("ETag", "Last-Modified", "Content-Length")]
-            return json.dumps(told) if any(told) else None
+                return told_by(response.headers)
         except (OSError, ValueError, ImportError, NotImplementedError, http.client.HTTPException) as error:
             if _is_of_host(error):
                 _FAILED[host] = (time.monotonic(), f"cannot be reached ({error})")
-            return None
+            return UNTOLD
 
     def prefetch(self, url: str) -> Future[str]:
         """Fetch a shard in the background."""
@@ -190,14 +212,21 @@ class Remote:
     def _fetch(self, url: str, place: Path, max_bytes: int | None) -> None:
         part = place.with_name(f"{place.name}.part")
         with part.open("wb") as file:
-            self._download(url, file, max_bytes)
+            state = self._download(url, file, max_bytes)
+        if place == self._place(url):
+            try:
+                self._refuse_another(url, state)
+            except RemoteError:
+                part.unlink()
+                raise
+            write_whole(Path(f"{place}.first"), [json.dumps(state)])
         self._make_room(part.stat().st_size, place.parent)
         os.replace(part, place)
 
     def _make_room(self, size: int, folder: Path) -> None:
         files = []
         for path in folder.iterdir():
-            if path.suffix not in (".lock", ".part", ".state"):
+            if path.suffix not in (".lock", ".part", ".state", ".first"):
                 with suppress(FileNotFoundError):  # another process makes room as well
                     files.append((_lock_of(path).stat().st_mtime_ns, path, path.stat().st_size))
         excess = size + sum(size for *_, size in files) - self.max_gib * 2**30
@@ -213,13 +242,26 @@ class Remote:
         if time.monotonic() - failed_at < self.timeout_s:
             raise RemoteError(reason)
 
-    def _download(self, url: str, file: IO[bytes], max_bytes: int | None) -> None:
-        def receive(chunk: bytes) -> None:
-            if max_bytes is not None and file.tell() + len(chunk) > max_bytes:
-                raise RemoteError(f"is larger than the limit of {max_bytes} bytes")
-            file.write(chunk)
+    def _download(self, url: str, file: IO[bytes], max_bytes: int | None) -> State:
+        """Write a file; returns its state. A transfer that was broken off goes on, unless the file has changed."""
+        states: list[State] = []
 
-        self._retried(url, lambda: self._transfer(url, file.tell(), receive))
+        def attempt() -> None:
+            with self._opened(url, file.tell()) as (remote, end, state):
+                if file.tell() and is_another(states[-1], state):
+                    file.seek(0)
+                    file.truncate()
+                    raise ConnectionError("it changed on its server while it was fetched")
+                states.append(state)
+                while chunk := remote.read(CHUNK):
+                    if max_bytes is not None and file.tell() + len(chunk) > max_bytes:
+                        raise RemoteError(f"is larger than the limit of {max_bytes} bytes")
+                    file.write(chunk)
+            if end is not None and file.tell() < end:
+                raise ConnectionError(f"the connection ended after {file.tell()} of {end} bytes")
+
+        self._retried(url, attempt)
+        return states[-1]
 
     def _retried(self, url: str, attempt: Callable[[], None]) -> None:
         check_url(url)
@@ -239,18 +281,9 @@ class Remote:
                     raise RemoteError(reason) from error
                 time.sleep(self.backoff_s * 2**number)
 
-    def _transfer(self, url: str, start: int, receive: Callable[[bytes], object]) -> None:
-        """Hand over the bytes from `start` on."""
-        with self._opened(url, start) as (file, end):
-            while chunk := file.read(CHUNK):
-                receive(chunk)
-                start += len(chunk)
-        if end is not None and start < end:
-            raise ConnectionError(f"the connection ended after {start} of {end} bytes")
-
     @contextmanager
-    def _opened(self, url: str, start: int) -> Iterator[tuple[IO[bytes], int | None]]:
-        """The file from byte `start` on, and its length where it is known."""
+    def _opened(self, url: str, start: int) -> Iterator[tuple[IO[bytes], int | None, State]]:
+        """The file from byte `start` on, its length where it is known, and its state."""
         if not url.startswith(("http://", "https://")):
             import fsspec  # slow to import, and most data is local
 
@@ -260,14 +293,14 @@ class Remote:
                 raise RemoteError(f"cannot be fetched ({error})") from error
             with opened as remote:
                 remote.seek(start)
-                yield remote, getattr(remote, "size", None)
+                yield remote, getattr(remote, "size", None), self._asked_state(url)
             return
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
             length = response.headers.get("Content-Length")
             resumed = start if response.status == http.client.PARTIAL_CONTENT else 0
             response.read(start - resumed)  # a server that does not resume sends what is already here once more
-            yield response, None if length is None else resumed + int(length)
+            yield response, None if length is None else resumed + int(length), told_by(response.headers)
 
 
 def _lock_of(place: Path) -> Path:

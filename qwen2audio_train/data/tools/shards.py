@@ -2,7 +2,7 @@
 
 Which example stands where is decided beforehand from the manifests, the seed and the size: so the shards are written
 independently of each other, in any order, by any number of processes, the same bytes every time; and a run that was
-broken off goes on with the shards that it lacks.
+broken off goes on with the shards that it lacks, once it has cleared away what it left half written.
 
 An example is `<number>.json`, its record, and `<number>.<clip>.<ending>`, the file of each clip. Beside every shard
 stands a manifest that names the place of every clip, so that a local reader need not look for it.
@@ -36,7 +36,7 @@ from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample
 from qwen2audio_train.data.samples.recipe import limits_of, remote_of
 from qwen2audio_train.data.storage.blobs import BLOCK, TarMember
-from qwen2audio_train.data.storage.files import write_whole
+from qwen2audio_train.data.storage.files import locked, write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.tools.sources import open_manifests
 from qwen2audio_train.errors import ExampleError
@@ -98,6 +98,17 @@ def write_shards(options: ShardOptions) -> Sharded:
     order, edges = plan_shards(index, options)
     output = Path(options.output)
     _claim(output, index, options)
+    with locked(output / f"{options.name}.lock"):  # so that what lies half written is nobody's
+        for part in output.glob("*.part"):
+            if part.name.lstrip(".").startswith(f"{options.name}-"):
+                part.unlink()
+        return _write_missing(output, index, options, order, edges)
+
+
+def _write_missing(
+    output: Path, index: Index, options: ShardOptions, order: NDArray[np.int64], edges: NDArray[np.int64]
+) -> Sharded:
+    """The shards that are not there yet."""
     jobs = [(number, order[edges[number] : edges[number + 1]]) for number in range(len(edges) - 1)]
     todo = [job for job in jobs if not (output / f"{options.name}-{job[0]:06d}.tar").exists()]
     write = partial(_write_shard, index, options)

@@ -61,6 +61,9 @@ def test_encodings_are_read_or_named_with_line_and_byte(tmp_path: Path) -> None:
     assert "found byte 0xe4 at place 4 of the line" in error
     path.write_text(text, encoding="utf-16-le")
     assert "is it UTF-16 without its mark?" in rows(path)[0][1]
+    path.write_text(text, encoding="utf-32")
+    ((_, error),) = rows(path)
+    assert error.endswith("(write the file anew: iconv -f UTF-32 -t UTF-8 IN > OUT), found the mark of UTF-32LE")
 
 
 def test_a_cut_and_a_false_gzip_and_a_huge_cell(tmp_path: Path) -> None:

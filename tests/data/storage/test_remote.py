@@ -22,6 +22,7 @@ from qwen2audio_train.data.storage import remote as remote_module
 from qwen2audio_train.data.storage.blobs import BlobError, TarMember
 from qwen2audio_train.data.storage.paths import expand_paths
 from qwen2audio_train.data.storage.remote import Remote, RemoteError
+from qwen2audio_train.data.storage.remote_state import State, is_another
 from tests.data.corpora import equal, is_filler, small_config, write_corpus
 from tests.data.file_server import Server
 from tests.data.storage.test_blobs import write_tar
@@ -48,6 +49,54 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Pa
     place = remote(tmp_path).shard(server.url("/a.tar"))
     assert Path(place).read_bytes() == server.files["/a.tar"]
     assert [asked for _, asked in server.asked][:2] == [None, "bytes=128000-"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(server: Server, tmp_path: Path, ranges: bool) -> None:
+    """Never half of one and half of the other."""
+    first = bytes(range(256)) * 1000
+    server.files["/a.tar"], server.ranges = first, ranges
+    server.faults["/a.tar"] = ["break and change"]
+    assert Path(remote(tmp_path).shard(server.url("/a.tar"))).read_bytes() == bytes(reversed(first))
+
+
+def test_a_tar_that_changed_under_its_url_is_refused(server: Server, tmp_path: Path) -> None:
+    """At the next start, and where room was made for others and it is fetched again."""
+    url = server.url("/x.tar")
+    for content in (b"one", b"two"):
+        server.files["/x.tar"] = write_tar(tmp_path / "x.tar", {"a": content}).read_bytes()
+        remote_module._STATES.clear()
+        if content == b"one":
+            place = Path(remote(tmp_path).current_tar(url))
+            assert remote(tmp_path).current_tar(url) == str(place)
+    with pytest.raises(
+        RemoteError, match=r"x\.tar: has changed on its server .* to take the new one, delete .*x\.tar\*"
+    ):
+        remote(tmp_path).current_tar(url)
+    assert remote(tmp_path).read_clip(f"{url}::a", 10) == b"one"  # which a run goes on with
+    place.unlink()
+    with pytest.raises(RemoteError, match=r"x\.tar: has changed on its server"):
+        remote(tmp_path).read_clip(f"{url}::a", 10)
+    for path in place.parent.glob(f"{place.name}*"):
+        path.unlink()
+    remote_module._FAILED.clear()
+    assert remote(tmp_path).read_clip(f"{url}::a", 10) == b"two"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "another"),
+    [
+        (["e", "t", "1"], ["e", "t", "1"], False),
+        (["e", "t", "1"], ["e", "t", "2"], True),
+        (["e", "t", "1"], ["f", "t", "1"], False),  # another server's ETag
+        (["e", "t", "1"], ["f", "u", "1"], True),
+        (["e", None, None], ["f", "u", "1"], True),
+        (["e", None, "1"], [None, "u", "1"], False),
+        ([None, None, None], ["e", "t", "1"], False),
+    ],
+)
+def test_what_tells_one_state_of_a_file_from_another(first: State, second: State, another: bool) -> None:
+    assert is_another(first, second) is another
 
 
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (500, 4), (429, 4)])

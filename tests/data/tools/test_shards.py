@@ -124,6 +124,8 @@ def test_an_interrupted_run_goes_on(options: ShardOptions, tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         write_shards(options)
     assert len(list((tmp_path / "out").glob("*.tar"))) == 3
+    for left in ("shard-000003.4711.part", ".shard-000003.jsonl.4711.part"):  # as kill -9 leaves them
+        (tmp_path / "out" / left).write_text("half")
     monkeypatch.setattr(shards, "_write_shard", lambda i, o, job: (written.append(job[0]), plain(i, o, job)))
     write_shards(options)
     assert written == sorted(set(written))
