@@ -43,6 +43,9 @@ that holds the score of answer 1 and the score of answer 2, separated by a space
 """Asks for what AIR-Bench's own prompt asks for. Scores depend on the wording and on the judge: to compare with
 published figures, pass that prompt and use that judge."""
 
+STAMP = "judge/1"
+"""Name and version of the protocol: both orders, and how a reply is read."""
+
 FIELDS = ("description", "question", "first", "second")
 """What a template has to hold, in braces."""
 
@@ -97,6 +100,8 @@ class Verdict:
 class Judgement:
     """Scores of the items that were scored, and how many were not, by reason.
 
+    `cost` is what the judge's cache has cost so far, in all runs; `scoring` names protocol, prompt and judge.
+
     `answer.extra` and `outcomes` always say how many of how many; `lead` is the mean gain of the answer named first.
     """
 
@@ -106,6 +111,7 @@ class Judgement:
     outcomes: dict[Outcome, int]
     verdicts: tuple[Verdict, ...]
     cost: float
+    scoring: str = ""
 
 
 def read_items(folder: str | Path) -> list[Judged]:
@@ -148,6 +154,7 @@ def judge_answers(
         outcomes=outcomes,
         verdicts=verdicts,
         cost=client.spent,
+        scoring=f"{STAMP} prompt {digest(template)} by {client.endpoint.model}",
     )
 
 
@@ -168,15 +175,20 @@ def judge_evaluation(options: JudgeOptions) -> dict[str, Judgement]:
         source: judge_answers(client, items, template=template, workers=options.workers, seed=options.seed)
         for source, items in sources.items()
     }
-    made_by = {"model": client.endpoint.model, "template_sha256": hashlib.sha256(template.encode()).hexdigest()[:16]}
+    made_by = {"model": client.endpoint.model, "template_sha256": digest(template), "protocol": STAMP}
     found = {source: asdict(judgement) for source, judgement in judged.items()}
     report = json.dumps({"judge": made_by, "sources": found}, indent=1, ensure_ascii=False)
     Path(options.evaluation, "judged.json").write_text(report + "\n", encoding="utf-8")
     return judged
 
 
+def digest(template: str) -> str:
+    """First digits of the SHA-256 of a template."""
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
 def judgement_table(judged: Mapping[str, Judgement]) -> str:
-    """Mean scores by source beside the published ones, and what became of every item."""
+    """Mean scores by source beside the published ones, what became of every item, and what it cost."""
     rows = []
     for source, judgement in judged.items():
         score, known = judgement.answer, benchmarks().get(source)
@@ -184,9 +196,12 @@ def judgement_table(judged: Mapping[str, Judgement]) -> str:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(judgement.outcomes.items()))
         value, interval = value_text("judge", score.value), interval_text("judge", score.low, score.high)
         reference = value_text("judge", judgement.reference.value)
-        rows.append([source, value, interval, reference, f"{judgement.lead:+.2f}", outcomes, published])
-    header = ["source", "judge's score", "95 %", "reference's", "standing first", "outcomes", "published"]
-    return aligned(header, rows, right=(1, 3, 4))
+        scored = f"{score.n} of {len(judgement.verdicts)}"
+        cells = [source, value, interval, scored, reference, f"{judgement.lead:+.2f}", outcomes, published]
+        rows.append([*cells, judgement.scoring])
+    header = ["source", "judge's score", "95 %", "n", "reference's", "standing first", "outcomes", "published"]
+    cost = max((judgement.cost for judgement in judged.values()), default=0.0)
+    return f"{aligned([*header, 'scored by'], rows, right=(1, 3, 4, 5))}\ncost so far, in all runs: {cost:.4f}"
 
 
 def _template(path: Path) -> str:
