@@ -148,7 +148,7 @@ def low_rank_of(config: StageConfig) -> LowRank:
     mixed, autocast = bool(config.trainer.get("bf16", False)), config.deepspeed.stage is None
     value, dropout = 2 if mixed else 4, config.adapter.dropout > 0
     copies = dropout or (mixed and autocast) or value != PRECISIONS[precision_of(config)].matmul
-    return LowRank(config.adapter.r, value, copies, dropout)
+    return LowRank(config.adapter.r, value, copies, dropout, config.adapter.use_dora)
 
 
 def has_frozen_reference(config: StageConfig) -> bool:

@@ -54,12 +54,14 @@ class LowRank:
         value: bytes of a value that they compute with: 2 under autocast or with weights in bfloat16, else 4.
         copies: each keeps a copy of its own of what it reads, as dropout and another type than the model's make.
         dropout: each keeps a mask too, a byte a value.
+        dora: the gradient of each magnitude wants what the layer gives, once of itself and once of its adapter.
     """
 
     rank: int = 16
     value: int = 4
     copies: bool = True
     dropout: bool = False
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Layer:
         inside: query, key, value and the attention's output, and what activation and gate keep.
         readers: linear layers that read what a norm gives.
         others: what the other linear layers read and nothing inside keeps.
-        inputs: what all linear layers read, each counted for itself; `linears` is their number.
+        inputs, outputs: what all linear layers read and give, each counted for itself; `linears` is their number.
     """
 
     width: int
@@ -83,6 +85,7 @@ class Layer:
     readers: int
     others: int
     inputs: int
+    outputs: int
     linears: int
 
     def kept(self, precision: str, *, trained: bool = True, adapter: LowRank | None = None) -> int:
@@ -95,7 +98,7 @@ class Layer:
         if adapter is not None:
             shared = size.matmul * (2 * self.width + self.others)
             total += (adapter.value + adapter.dropout) * self.inputs if adapter.copies else shared
-            total += adapter.value * adapter.rank * self.linears
+            total += adapter.value * (adapter.rank * self.linears + 2 * adapter.dora * self.outputs)
         return total
 
 
@@ -103,7 +106,9 @@ def encoder_layer(audio: Any, precision: str) -> Layer:
     """An encoder layer; attention's output is laid out anew for the layer that reads it."""
     d, f = audio.d_model, audio.encoder_ffn_dim
     stream = PRECISIONS[precision].stream
-    return Layer(d, stream, rms=False, inside=4 * d + f, readers=4, others=d + f, inputs=5 * d + f, linears=6)
+    return Layer(
+        d, stream, rms=False, inside=4 * d + f, readers=4, others=d + f, inputs=5 * d + f, outputs=5 * d + f, linears=6
+    )
 
 
 def decoder_layer(text: Any) -> Layer:
@@ -111,7 +116,8 @@ def decoder_layer(text: Any) -> Layer:
     d, f, width = text.hidden_size, text.intermediate_size, head_dim(text)
     queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
     inside = 2 * queries + 2 * keys + 3 * f
-    return Layer(d, 4, rms=True, inside=inside, readers=5, others=f, inputs=5 * d + queries + f, linears=7)
+    read, given = 5 * d + queries + f, 2 * d + queries + 2 * keys + 2 * f
+    return Layer(d, 4, rms=True, inside=inside, readers=5, others=f, inputs=read, outputs=given, linears=7)
 
 
 OPTIMIZER_STATES = {
@@ -199,8 +205,10 @@ def step_memory(
     optimizer = state_bytes * learned + 2 * ADAPTER_BYTES * adapter_parameters
     optimizer /= ranks if stage >= 1 else 1
     gradients = (gradient_bytes or size.weight) * learned + ADAPTER_BYTES * adapter_parameters
-    # Autocast casts a weight once per forward, and backward wants the copy again.
-    casts = 2 * sum(parameters[part] for part in flows & LINEAR_PARTS) if precision == "autocast" else 0
+    # Autocast casts a weight once per forward, and backward wants the copy again; DoRA behind dropout makes another.
+    again = set(adapted) if adapter is not None and adapter.dora and adapter.dropout else set()
+    cast = [*(flows & LINEAR_PARTS), *(again & LINEAR_PARTS)] if precision == "autocast" else []
+    casts = 2 * sum(parameters[part] for part in cast)
     return Memory(
         weights=casts + (0 if offload_parameters else weights),
         gradients=gradients / (ranks if stage >= 2 else 1),

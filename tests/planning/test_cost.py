@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -177,25 +178,32 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert extra in (0, load.tokens * head_dim(config.text_config))
 
 
+class Saved:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(model: PackedQwen2Audio, batch: dict[str, torch.Tensor], autocast: bool = False) -> int:
     """Bytes of the storages that autograd saves in forward, weights and inputs left out, their casts included."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     known |= {b.untyped_storage().data_ptr() for b in model.buffers()} | {
         t.untyped_storage().data_ptr() for t in batch.values()
     }
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def note(tensor: torch.Tensor) -> Saved:
+        saved.add(one := Saved(tensor))
+        return one
 
     with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda one: one.tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
         out = model(**batch)
+    storages = [one.tensor.untyped_storage() for one in saved]  # without what was freed on the way
+    kept = {storage.data_ptr(): storage for storage in storages if storage.data_ptr() not in known}
     size = sum(len(storage) for storage in kept.values())
     assert out.nll_sum is not None
     return size
@@ -251,6 +259,9 @@ LOW_RANK_CASES = [
     ("bfloat16", False, False, 0.0, LowRank(4, 2, copies=False)),
     ("bfloat16", True, True, 0.1, LowRank(4, 2, copies=True, dropout=True)),
     ("autocast", True, True, 0.0, LowRank(4, 2, copies=True)),
+    ("float32", False, True, 0.0, LowRank(4, 4, copies=False, dora=True)),
+    ("float32", False, True, 0.1, LowRank(4, 4, copies=True, dropout=True, dora=True)),
+    ("autocast", True, True, 0.1, LowRank(4, 2, copies=True, dropout=True, dora=True)),
 ]
 
 
@@ -274,7 +285,7 @@ def test_an_adapter_and_frozen_layers_keep_what_autograd_saves(
     batch = pack([random_row(torch.Generator().manual_seed(0), (1200,))])
     frames = sum(num_encoder_frames(f) for f in batch["clip_frames"].tolist())
     modules = ["audio_tower", "language_model"] if everywhere else ["audio_tower"]
-    options = AdapterConfig(kind=AdapterKind.lora, r=4, dropout=dropout, modules=modules)
+    options = AdapterConfig(kind=AdapterKind.lora, r=4, dropout=dropout, modules=modules, use_dora=adapter.dora)
     sizes = {}
     for audio_layers, text_layers in ((1, 1), (3, 1), (1, 3)):
         changes = {"audio__encoder_layers": audio_layers, "text__num_hidden_layers": text_layers}
@@ -282,10 +293,12 @@ def test_an_adapter_and_frozen_layers_keep_what_autograd_saves(
         stock = PackedQwen2Audio(config).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
         model: Any = apply_adapter(stock, options, autocast_adapter_dtype=float32_adapter)
         sizes[audio_layers, text_layers] = saved_bytes(model.train(), batch, autocast)
+        dora = adapter.dora and dropout > 0  # which multiplies with the weights once more
         if autocast:  # weights that autocast has cast are no activations
             layers = [stock.model.audio_tower.layers, stock.model.language_model.layers]
-            matrices = [p for part in layers for p in matrices_of(part) if p.dtype is torch.float32]
-            sizes[audio_layers, text_layers] -= 2 * sum(matrix.numel() for matrix in matrices)
+            for name, matrix in ((n, p) for part in layers for n, p in part.named_parameters() if p.ndim == 2):
+                if matrix.dtype is torch.float32:
+                    sizes[audio_layers, text_layers] -= 2 * matrix.numel() * (1 + ("base_layer" in name and dora))
     encoder = (sizes[3, 1] - sizes[1, 1]) / 2 / frames
     decoder = (sizes[1, 3] - sizes[1, 1]) / 2 / batch["input_ids"].numel()
     on_encoder = encoder_layer(config.audio_config, precision).kept(precision, trained=False, adapter=adapter)
