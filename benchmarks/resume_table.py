@@ -6,8 +6,9 @@
 Tiny models over noise, in full and with LoRA, in float32 and in bfloat16 (`trainer.bf16`). Every source trains six
 steps and saves after three; every target resumes that checkpoint and trains the other three. A cell holds the largest
 relative difference of the three losses from the source's own, and of the last weights (relative to the largest weight
-of a tensor), or the words of the refusal (the source's own where that is refused). DeepSpeed compiles its communication
-once, for a minute or two.
+of a tensor), or the words of the refusal (the source's own where that is refused). In bfloat16 the backends do not
+round alike, so the largest difference between two uninterrupted runs is printed beside. DeepSpeed compiles its
+communication once, for a minute or two.
 """
 
 from __future__ import annotations
@@ -172,12 +173,15 @@ def main() -> None:
     print(table(cells, args.sources, args.targets))
     carried = [cell for cell in cells.values() if "loss" in cell]
     worst = {p: max((c["loss"] for n, c in cells.items() if p in n and "loss" in c), default=None) for p in PRECISIONS}
+    pairs = [(f"{a}-{way}", f"{b}-{way}") for a, b in product(args.sources, repeat=2) for way in ways]
+    whole = [(pair[0], found["loss"]) for pair in pairs if "loss" in (found := compare(args.work, *pair))]
     totals = {
         "cells": len(cells),
         "carried out": len(carried),
         "refused": sum("refused" in cell for cell in cells.values()),
         "broke": sum("broke" in cell for cell in cells.values()),
         "worst loss": worst,
+        "of two uninterrupted runs": {p: max((x for n, x in whole if p in n), default=None) for p in PRECISIONS},
     }
     if args.save:
         from record import save
