@@ -196,6 +196,8 @@ class DataConfig:
             pack.
         packs_per_step: packs of one optimiser step, over all ranks, whatever their number.
         packs_per_forward: packs of a rank that are merged into one forward.
+        share_prefixes: compute once what the samples of a pack begin with alike (a system turn, a clip with several
+            questions); the loss stays the same to rounding. Packs are planned as if nothing were shared.
         window_examples: examples that best-fit packing looks ahead over; packs never reach across a window.
         max_tokens_per_example: longer examples are left out and counted; unset = `tokens_per_pack`.
         prompt_style: `natural`: a question in words, drawn from the task's pool; `hierarchical_tags`: the tags of
@@ -235,6 +237,7 @@ class DataConfig:
     samples_per_pack: int | None = at_least(1, None)
     packs_per_step: int = at_least(1, 8)
     packs_per_forward: int = at_least(1, 1)
+    share_prefixes: bool = True
     window_examples: int = at_least(1, 2048)
     max_tokens_per_example: int | None = at_least(1, None)
     prompt_style: PromptStyle = PromptStyle.natural

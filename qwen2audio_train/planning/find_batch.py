@@ -180,4 +180,4 @@ def random_pack(typical: Typical, samples: int, num_mel_bins: int, family: Famil
         clip_frames=frames,
         position_ids=family.positions(length, np.arange(audio)),
     )
-    return pack([sample] * samples, num_mel_bins=num_mel_bins)
+    return pack([sample] * samples, num_mel_bins=num_mel_bins, share_prefixes=False)

@@ -17,13 +17,15 @@ answer's tokens and whose keys are the prompt's and its own, listed in key_index
     packed_ids    [[p, q, x, y, z]]          packed_positions [[0, 1, 2, 3, 2]]
     cu_q [0, 2, 4, 5]    cu_k [0, 2, 6, 9]   key_index [0, 1,  0, 1, 2, 3,  0, 1, 4]
     input_ids     [[q, x, y], [q, z, 0]]     scatter [[1, 2, 3], [1, 4, -1]]
+
+Samples that begin alike (`prefixes`) are trees too: what they share is a segment of its own, and stands once in front.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -32,6 +34,7 @@ import torch
 from qwen2audio_train.batch import Audio, Batch, PackedBatch, PreferenceBatch, Segments, Transcripts
 from qwen2audio_train.config.data import LossWeighting
 from qwen2audio_train.data.examples import DESIRABLE, PAIRED, UNDESIRABLE
+from qwen2audio_train.data.samples.prefixes import Prefix, shared_prefixes
 from qwen2audio_train.data.samples.sample import Sample
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.layout import MIN_FRAMES, NUM_MEL_BINS
@@ -41,6 +44,7 @@ def pack(
     samples: Sequence[Sample],
     loss_weighting: LossWeighting = LossWeighting.token,
     num_mel_bins: int = NUM_MEL_BINS,
+    share_prefixes: bool = True,
 ) -> PackedBatch:
     """The packed batch of some samples; of none it is a filler of one token without targets.
 
@@ -51,9 +55,7 @@ def pack(
     `transcript` (t,) holds the transcripts of the encoder windows end to end, `transcript_length` (A,) their lengths,
     0 where a window has none.
     """
-    rows = _Rows()
-    for sample in samples:
-        rows.add(sample)
+    rows = _Rows(samples, share_prefixes)
     targets = [_targets(sample, place, loss_weighting) for sample, place in zip(samples, rows.places, strict=True)]
     predict_from, target, weight, source_id = (np.concatenate([[], *column]) for column in _columns(targets, 4))
     return {
@@ -64,8 +66,8 @@ def pack(
         "weight": torch.from_numpy(weight.astype(np.float32)),
         "source_id": _int64(source_id),
         **rows.segments(),
-        **_audio(samples, rows.starts, num_mel_bins),
-        **_transcripts(samples),
+        **_audio(samples, rows.places, num_mel_bins),
+        **_transcripts(samples, rows.places),
     }
 
 
@@ -106,7 +108,9 @@ def task_weights(shares: Mapping[str, float]) -> dict[str, float]:
     return {task: total / (len(shares) * share) for task, share in shares.items() if share > 0}
 
 
-def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS) -> PreferenceBatch:
+def pack_preference(
+    samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS, share_prefixes: bool = True
+) -> PreferenceBatch:
     """The packed batch of preference samples, one tree each, and the rows that TRL's loss reads.
 
     A pair's row holds the last token of the prompt (`completion_mask` 0), from which the answer's first token is
@@ -120,11 +124,10 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
     """
     real = bool(samples)
     samples = samples or [_FILLER_PAIR]
-    rows = _Rows()
     for sample in samples:
         if len(sample.branches) < 2 and sample.task not in (DESIRABLE, UNDESIRABLE):
             raise ValueError(f'sample "{sample.id}" has {len(sample.branches)} answers: a preference needs two or more')
-        rows.add(sample)
+    rows = _Rows(samples, share_prefixes)
     chosen, rejected, keys = [], [], []
     for sample, place in zip(samples, rows.places, strict=True):
         answers = [np.concatenate([place.trunk[-1:], branch]) for branch in place.branches]
@@ -152,7 +155,7 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
         "completion_mask": completion.long(),
         "pair_weight": torch.full((len(keys) if paired else len(scatter),), float(real)),
         **rows.segments(),
-        **_audio(samples, rows.starts, num_mel_bins),
+        **_audio(samples, rows.places, num_mel_bins),
     }
     if paired:
         batch["pair_key"] = torch.from_numpy(np.stack(keys))
@@ -161,44 +164,64 @@ def pack_preference(samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS)
     return batch
 
 
+@dataclass(frozen=True)
 class _Place:
-    """Where a sample's tokens stand in the row: positions of its trunk and of every branch."""
+    """Where a sample's tokens stand in the row: its trunk, every branch; and whether its clips are another sample's."""
 
-    def __init__(self, start: int, sample: Sample):
-        borders = np.cumsum([start, len(sample.input_ids), *(len(branch) for branch in sample.branches)])
-        self.trunk, *self.branches = (np.arange(a, b) for a, b in pairwise(borders))
-        self.end = int(borders[-1])
+    trunk: np.ndarray
+    branches: list[np.ndarray]
+    hears_another: bool
 
 
 class _Rows:
     """The row under construction."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: Sequence[Sample], share_prefixes: bool) -> None:
         self.places: list[_Place] = []
         self._ids: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
-        self._queries: list[int] = []
         self._keys: list[np.ndarray] = []
-        self._has_tree = False
+        self._size = 0
+        self._is_tree = False
+        self._prefixes: dict[Prefix, np.ndarray] = {}
+        found = shared_prefixes(samples) if share_prefixes else [None] * len(samples)
+        for index, (sample, prefix) in enumerate(zip(samples, found, strict=True)):
+            self._add(index, sample, self._rows_of(prefix, samples), prefix)
 
-    @property
-    def starts(self) -> list[int]:
-        return [int(place.trunk[0]) for place in self.places]
+    def _rows_of(self, prefix: Prefix | None, samples: Sequence[Sample]) -> np.ndarray:
+        """Where the tokens up to the end of a prefix stand; they are laid down when they are first asked for."""
+        if prefix is None:
+            return np.zeros(0, dtype=np.int64)
+        if prefix not in self._prefixes:
+            before, owner = self._rows_of(prefix.parent, samples), samples[prefix.owner]
+            part = slice(prefix.start, prefix.end)
+            own = self._add_segment(owner.input_ids[part], owner.positions[part], before)
+            self._prefixes[prefix] = np.concatenate([before, own])
+        return self._prefixes[prefix]
 
-    def add(self, sample: Sample) -> None:
-        place = _Place(self.places[-1].end if self.places else 0, sample)
-        self.places.append(place)
-        self._add_segment(sample.input_ids, sample.positions, place.trunk)
-        for branch, where in zip(sample.branches, place.branches, strict=True):
-            self._has_tree = True
-            positions = sample.positions[-1] + 1 + np.arange(len(branch))
-            self._add_segment(branch, positions, np.concatenate([place.trunk, where]))
+    def _add(self, index: int, sample: Sample, before: np.ndarray, prefix: Prefix | None) -> None:
+        rest = slice(len(before), None)
+        own = self._add_segment(sample.input_ids[rest], sample.positions[rest], before)
+        trunk = np.concatenate([before, own])
+        after = sample.positions[-1] + 1
+        branches = [
+            self._add_segment(branch, after + np.arange(len(branch)), trunk, is_branch=True)
+            for branch in sample.branches
+        ]
+        hears = [part.owner for part in prefix.chain() if part.holds(sample.audio_slot)] if prefix else []
+        self.places.append(_Place(trunk, branches, bool(hears) and hears[0] != index))
 
-    def _add_segment(self, ids: np.ndarray, positions: np.ndarray, keys: np.ndarray) -> None:
+    def _add_segment(
+        self, ids: np.ndarray, positions: np.ndarray, before: np.ndarray, is_branch: bool = False
+    ) -> np.ndarray:
+        """Lay tokens down that attend to `before` and to themselves; returns where they stand."""
+        own = np.arange(self._size, self._size + len(ids))
+        self._size += len(ids)
         self._ids.append(ids)
         self._positions.append(positions)
-        self._queries.append(len(ids))
-        self._keys.append(keys)
+        self._keys.append(np.concatenate([before, own]))
+        self._is_tree |= is_branch or len(before) > 0
+        return own
 
     def input_ids(self) -> torch.Tensor:
         return _int64(np.concatenate(self._ids or [np.zeros(1)]))[None]
@@ -207,9 +230,9 @@ class _Rows:
         return _int64(np.concatenate(self._positions or [np.zeros(1)]))[None]
 
     def segments(self) -> Segments:
-        cu_q, cu_k = _borders(self._queries or [1]), _borders([len(keys) for keys in self._keys] or [1])
+        cu_q, cu_k = (_borders([len(part) for part in parts] or [1]) for parts in (self._ids, self._keys))
         segments: Segments = {"cu_q": cu_q, "cu_k": cu_k, "max_q": longest(cu_q), "max_k": longest(cu_k)}
-        if self._has_tree:
+        if self._is_tree:
             segments["key_index"] = _int64(np.concatenate(self._keys))
         return segments
 
@@ -222,7 +245,7 @@ def longest(borders: torch.Tensor) -> int:
 def _targets(sample: Sample, place: _Place, weighting: LossWeighting) -> tuple[np.ndarray, ...]:
     """predict_from, target, weight, source_id of one sample."""
     labelled = np.flatnonzero(sample.label_mask)
-    predict_from = [place.trunk[labelled] - 1]
+    predict_from = [place.trunk[labelled - 1]]
     target = [sample.input_ids[labelled]]
     for branch, where in zip(sample.branches, place.branches, strict=True):
         predict_from.append(np.concatenate([place.trunk[-1:], where[:-1]]))
@@ -237,22 +260,22 @@ def _targets(sample: Sample, place: _Place, weighting: LossWeighting) -> tuple[n
     )
 
 
-def _audio(samples: Sequence[Sample], starts: Sequence[int], num_mel_bins: int) -> Audio:
-    mels = [mel for sample in samples for mel in sample.mels]
-    frames = [frames for sample in samples for frames in sample.clip_frames]
-    slots = [sample.audio_slot + start for sample, start in zip(samples, starts, strict=True)]
+def _audio(samples: Sequence[Sample], places: Sequence[_Place], num_mel_bins: int) -> Audio:
+    heard = [(sample, place) for sample, place in zip(samples, places, strict=True) if not place.hears_another]
+    mels = [mel for sample, _ in heard for mel in sample.mels]
     mel = np.concatenate(mels, axis=1) if mels else np.zeros((num_mel_bins, 0), dtype=np.float32)
     return {
         "mel": torch.from_numpy(mel),
-        "clip_frames": torch.tensor(frames, dtype=torch.int64),
-        "audio_slot": _int64(np.concatenate([[], *slots])),
+        "clip_frames": torch.tensor([frames for sample, _ in heard for frames in sample.clip_frames]).long(),
+        "audio_slot": _int64(np.concatenate([[], *(place.trunk[sample.audio_slot] for sample, place in heard)])),
     }
 
 
-def _transcripts(samples: Sequence[Sample]) -> Transcripts:
-    lengths = [len(sample.transcript) if index == 0 else 0 for sample in samples for index in range(len(sample.mels))]
+def _transcripts(samples: Sequence[Sample], places: Sequence[_Place]) -> Transcripts:
+    heard = [sample for sample, place in zip(samples, places, strict=True) if not place.hears_another]
+    lengths = [len(sample.transcript) if index == 0 else 0 for sample in heard for index in range(len(sample.mels))]
     return {
-        "transcript": _int64(np.concatenate([[], *(sample.transcript for sample in samples)])),
+        "transcript": _int64(np.concatenate([[], *(sample.transcript for sample in heard)])),
         "transcript_length": torch.tensor(lengths, dtype=torch.int64),
     }
 

@@ -27,10 +27,10 @@ class Answers(Enum):
 
 
 def pack_unpaired(
-    samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS, *, foreign: bool = True
+    samples: Sequence[Sample], num_mel_bins: int = NUM_MEL_BINS, *, foreign: bool = True, share_prefixes: bool = True
 ) -> UnpairedBatch:
     """`pack_preference` with every pair as two answers; `foreign` adds the rows that the KL term is measured on."""
-    batch = unpaired(pack_preference(samples, num_mel_bins))
+    batch = unpaired(pack_preference(samples, num_mel_bins, share_prefixes))
     return with_foreign_answers(batch) if foreign else batch
 
 
@@ -58,7 +58,8 @@ def with_foreign_answers(batch: UnpairedBatch) -> UnpairedBatch:
         if not len(answer):
             places.append(ends[row : row + 1])
             continue
-        trunk = torch.arange(int(starts[torch.searchsorted(starts, end, right=True) - 1]), end + 1)
+        segment = int(torch.searchsorted(starts, end, right=True)) - 1
+        trunk = old_keys[batch["cu_k"][segment] : batch["cu_k"][segment + 1]]
         own = torch.arange(size, size + len(answer))
         size += len(answer)
         new_ids.append(ids[answer])

@@ -202,12 +202,13 @@ def collator_of(data: DataConfig, maker: Maker, is_preference: bool) -> Callable
 
 
 def _packer(data: DataConfig, maker: Maker, is_preference: bool) -> Callable[[Sequence[Sample]], Batch]:
-    num_mel_bins = maker.recipe.num_mel_bins
+    num_mel_bins, shares = maker.recipe.num_mel_bins, data.share_prefixes
     if is_preference and maker.answers is Answers.paired:
-        return partial(pack_preference, num_mel_bins=num_mel_bins)
+        return partial(pack_preference, num_mel_bins=num_mel_bins, share_prefixes=shares)
     if is_preference:
-        return partial(pack_unpaired, num_mel_bins=num_mel_bins, foreign=maker.answers is Answers.with_foreign)
-    return partial(pack, loss_weighting=data.loss_weighting, num_mel_bins=num_mel_bins)
+        foreign = maker.answers is Answers.with_foreign
+        return partial(pack_unpaired, num_mel_bins=num_mel_bins, foreign=foreign, share_prefixes=shares)
+    return partial(pack, loss_weighting=data.loss_weighting, num_mel_bins=num_mel_bins, share_prefixes=shares)
 
 
 def _indexed(packer: Callable[[Sequence[Sample]], Batch], family: str, samples: Sequence[Sample]) -> Batch:

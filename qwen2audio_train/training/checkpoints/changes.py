@@ -55,6 +55,7 @@ RULES: dict[str, Rule] = {
     "data.loss_weighting": Rule.refused,
     "data.eval_sources": Rule.free,
     "data.packs_per_forward": Rule.free,
+    "data.share_prefixes": Rule.free,
     "data.num_workers": Rule.free,
     "data.prefetch_factor": Rule.free,
     "data.max_bad_examples": Rule.free,
