@@ -43,8 +43,17 @@ class Packs:
             for start in range(0, len(examples), clips):
                 yield self.pack(examples[start : start + clips])
 
+    shares_prefixes = True
+
     def pack(self, examples: list[Example]) -> dict[str, Tensor]:
-        return tensors(pack([build_sample(e.rendered, [e.waveform], self.workload.tokenizer) for e in examples]))
+        samples = [build_sample(e.rendered, [e.waveform], self.workload.tokenizer) for e in examples]
+        return tensors(pack(samples, share_prefixes=self.shares_prefixes))
+
+
+class SeparatePacks(Packs):
+    """The same without a look at what the samples begin with."""
+
+    shares_prefixes = False
 
 
 class PaddedPacks(Packs):
@@ -135,8 +144,9 @@ def our_trainer(
 
 OUR_ARMS: dict[str, Callable[..., Any]] = {
     "ours": our_trainer,
+    "without_shared_prefixes": partial(our_trainer, packs=SeparatePacks),
     "without_packed_encoder": partial(our_trainer, inner=PaddedEncoder, packs=PaddedPacks),
-    "without_packed_decoder": partial(our_trainer, whole=PaddedDecoder),
+    "without_packed_decoder": partial(our_trainer, whole=PaddedDecoder, packs=SeparatePacks),
     "without_label_head": partial(our_trainer, whole=WholeHead),
     "without_selective": partial(our_trainer, recomputed=()),
 }

@@ -34,13 +34,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from qwen2audio_train.data.examples import Clip, TaskExample
+from qwen2audio_train.data.examples import ChatExample, Clip, Message, TaskExample
 from qwen2audio_train.data.prompts.render import Rendered, Text, render, rendered_text
 from qwen2audio_train.data.prompts.tokenizer import build_processor, train_tokenizer
 from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
 from qwen2audio_train.layout import SAMPLING_RATE, num_samples_of
 
-CLIPS = {"3s": 8, "lognormal": 9, "librispeech": 9, "30s": 2}
+CLIPS = {"3s": 8, "lognormal": 9, "librispeech": 9, "30s": 2, "chat": 8}
 """Clips of a forward: as many as `--quick` has time for. The more, the more of a padded row is padding."""
 
 LABELS_PER_S = 3
@@ -77,6 +77,7 @@ LENGTH_SETS: dict[str, Callable[[float], float]] = {
     "lognormal": lambda share: 7.5 * math.exp(0.6 * NormalDist().inv_cdf(share)),
     "librispeech": lambda share: NormalDist(12.3, 3.8).inv_cdf(share),
     "30s": lambda _: 30.0,
+    "chat": lambda _: 3.0,
 }
 """Seconds at a share of the distribution in (0, 1), before they are clamped to [1, 30]."""
 
@@ -98,13 +99,22 @@ def seconds_of(length_set: str, count: int) -> list[float]:
 
 
 def examples_of(length_set: str, count: int) -> list[Example]:
-    """Clips of noise, a prompt from the pool of recognition prompts, and digits, each of which is one token."""
+    """Clips of noise, a prompt from the pool of recognition prompts, and digits, each of which is one token.
+
+    Those of `chat` are asked aloud, after the system turn that every chat begins with.
+    """
     rng = np.random.default_rng(0)
     examples = []
     for number, seconds in enumerate(seconds_of(length_set, count)):
         waveform = (0.1 * rng.standard_normal(num_samples_of(seconds))).astype(np.float32)
         digits = "".join(map(str, rng.integers(0, 10, max(1, round(LABELS_PER_S * seconds)))))
-        example = TaskExample(str(number), Clip("", seconds), "asr", "en", digits, length_set)
+        clip = Clip("", seconds)
+        turns = Message("user", (clip,)), Message("assistant", (digits,))
+        example = (
+            ChatExample(str(number), turns, length_set)
+            if length_set == "chat"
+            else TaskExample(str(number), clip, "asr", "en", digits, length_set)
+        )
         examples.append(Example(waveform, render(example)))
     return examples
 
@@ -199,9 +209,12 @@ class StockCollator:
         )
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         for row, example in enumerate(chosen):
-            target = "".join(p.text for p in example.rendered.trunk if isinstance(p, Text) and p.is_label)
+            pieces = [p for p in example.rendered.trunk if isinstance(p, Text)]
+            target = "".join(p.text for p in pieces if p.is_label)
             count = len(self.workload.tokenizer(target)["input_ids"])
-            batch["labels"][row, -count:] = batch["input_ids"][row, -count:]
+            after = "" if pieces[-1].is_label else pieces[-1].text
+            end = batch["labels"].size(1) - len(self.workload.tokenizer(after)["input_ids"])
+            batch["labels"][row, end - count : end] = batch["input_ids"][row, end - count : end]
         batch["input_features"] = batch["input_features"].to(self.workload.dtype)
         return dict(batch)
 
