@@ -25,7 +25,15 @@ from qwen2audio_train.planning.cost import (
     traffic_bytes,
 )
 from qwen2audio_train.planning.dry_run import CHARACTERS_PER_TOKEN, Counts, Plan, gib
-from qwen2audio_train.planning.memory import PRECISIONS, LowRank, Memory, optimizer_bytes, step_memory
+from qwen2audio_train.planning.memory import (
+    PRECISIONS,
+    LowRank,
+    Memory,
+    Sharding,
+    Trained,
+    optimizer_bytes,
+    step_memory,
+)
 from qwen2audio_train.training.stages.arguments import forwards_per_step, sums_in_float32
 
 FALLBACK = {"clip_s": 10.0, "prompt_tokens": 30.0, "label_tokens": 40.0}
@@ -216,24 +224,25 @@ def memory_of(plan: Plan, architecture: PreTrainedConfig, load: Load, gpus: int)
     """Memory of a step of one GPU."""
     config, stage, precision = plan.config, plan.config.deepspeed.stage, precision_of(plan.config)
     float32_copy = stage is not None and precision == "bfloat16"
+    trained = Trained(
+        parts=[part for part, count in plan.trained.items() if count],
+        adapted=[part for part, count in plan.adapter.items() if count],
+        adapter=low_rank_of(config),
+        adapter_parameters=sum(plan.adapter.values()),
+        checkpointed=config.model.activation_checkpointing,
+        selective=config.model.activation_checkpointing_policy is CheckpointingPolicy.selective,
+        precision=precision,
+    )
+    deepspeed = config.deepspeed
     return step_memory(
         architecture,
         load,
         plan.parameters,
-        trained=[part for part, count in plan.trained.items() if count],
-        adapter_parameters=sum(plan.adapter.values()),
-        adapted=[part for part, count in plan.adapter.items() if count],
-        adapter=low_rank_of(config),
-        checkpointed=config.model.activation_checkpointing,
-        selective=config.model.activation_checkpointing_policy is CheckpointingPolicy.selective,
-        stage=stage or 0,
-        ranks=gpus,
-        precision=precision,
+        trained,
+        Sharding(stage or 0, gpus, deepspeed.offload_optimizer, deepspeed.offload_parameters),
         state_bytes=optimizer_bytes(plan.arguments.optim, PRECISIONS[precision].weight, float32_copy=float32_copy),
         gradient_bytes=4 if float32_copy and sums_in_float32(config, gpus) else None,
         copies=2 if has_frozen_reference(config) else 1,
-        offload_optimizer=config.deepspeed.offload_optimizer,
-        offload_parameters=config.deepspeed.offload_parameters,
     )
 
 

@@ -162,118 +162,133 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What of a model is trained, and what its forward computes in and keeps for backward.
+
+    Attributes:
+        parts: those whose weights are trained, such as `language_model`.
+        adapted: parts with low-rank adapters, all like `adapter`.
+        adapter: how the adapters compute.
+        adapter_parameters: size of all of them together.
+        checkpointed: parts whose layers recompute their activations.
+        selective: they recompute all but the results of products and attention.
+        precision: a key of `PRECISIONS`.
+    """
+
+    parts: Collection[str] = ()
+    adapted: Collection[str] = ()
+    adapter: LowRank = LowRank()
+    adapter_parameters: int = 0
+    checkpointed: Collection[str] = ()
+    selective: bool = False
+    precision: str = "bfloat16"
+
+    def gradients_reach(self, part: str) -> bool:
+        """Whether backward runs through the part's layers."""
+        return part in self.parts or part in self.adapted
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Where weights, gradients and the optimiser's state lie: ZeRO's stage, its ranks, and what is on the host."""
+
+    stage: int = 0
+    ranks: int = 1
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def share(self, from_stage: int) -> int:
+        """Over how many ranks a kind of state is cut up that ZeRO cuts up from a stage on."""
+        return self.ranks if self.stage >= from_stage else 1
+
+
 def step_memory(
     config: PreTrainedConfig,
     load: Load,
     parameters: Mapping[str, int],
+    trained: Trained,
+    sharding: Sharding = Sharding(),
     *,
-    trained: Collection[str],
-    adapter_parameters: int = 0,
-    adapted: Collection[str] = (),
-    adapter: LowRank | None = None,
-    checkpointed: Collection[str] = (),
-    selective: bool = False,
-    stage: int = 0,
-    ranks: int = 1,
-    precision: str = "bfloat16",
     state_bytes: float = 12,
     gradient_bytes: int | None = None,
     copies: int = 1,
-    offload_optimizer: bool = False,
-    offload_parameters: bool = False,
 ) -> Memory:
     """Memory of a training step.
 
     Args:
         load: what one GPU runs in one forward.
         parameters: per part, as `build.parameter_counts` gives them.
-        trained: parts whose weights are trained.
-        adapter_parameters: size of the low-rank adapters, all of them; `adapted`: the parts that they lie in.
-        adapter: how they compute.
-        checkpointed: parts whose layers recompute their activations; `selective`: but for products and attention.
-        stage, ranks: of ZeRO.
-        precision: a key of `PRECISIONS`.
         state_bytes: of `optimizer_bytes`; the default is AdamW's under DeepSpeed in bfloat16.
         gradient_bytes: of a trained weight, where its gradients are summed in another type than its own.
         copies: of the weights; two with a frozen reference model.
-        offload_optimizer, offload_parameters: what lies on the host.
     """
-    size = PRECISIONS[precision]
-    learned, flows = sum(parameters[part] for part in trained), set(trained) | set(adapted)
-    weights = float(size.weight * sum(parameters.values()) * copies + ADAPTER_BYTES * adapter_parameters)
-    weights /= ranks if stage >= 3 else 1
-    optimizer = state_bytes * learned + 2 * ADAPTER_BYTES * adapter_parameters
-    optimizer /= ranks if stage >= 1 else 1
-    gradients = (gradient_bytes or size.weight) * learned + ADAPTER_BYTES * adapter_parameters
-    # Autocast casts a weight once per forward, and backward wants the copy again; DoRA behind dropout makes another.
-    again = set(adapted) if adapter is not None and adapter.dora and adapter.dropout else set()
-    cast = [*(flows & LINEAR_PARTS), *(again & LINEAR_PARTS)] if precision == "autocast" else []
+    size, adapters = PRECISIONS[trained.precision], trained.adapter_parameters
+    learned = sum(parameters[part] for part in trained.parts)
+    # ZeRO cuts up the optimiser's state from stage 1 on, gradients from 2, weights from 3 (arXiv:1910.02054)
+    weights = float(size.weight * sum(parameters.values()) * copies + ADAPTER_BYTES * adapters) / sharding.share(3)
+    optimizer = (state_bytes * learned + 2 * ADAPTER_BYTES * adapters) / sharding.share(1)
+    gradients = ((gradient_bytes or size.weight) * learned + ADAPTER_BYTES * adapters) / sharding.share(2)
+    cast: list[str] = []
+    if trained.precision == "autocast":
+        # It casts a weight once per forward, and backward wants the copy again; DoRA after dropout makes another.
+        again = trained.adapted if trained.adapter.dora and trained.adapter.dropout else ()
+        cast = [p for p in LINEAR_PARTS if trained.gradients_reach(p)] + [p for p in LINEAR_PARTS if p in again]
     casts = 2 * sum(parameters[part] for part in cast)
     return Memory(
-        weights=casts + (0 if offload_parameters else weights),
-        gradients=gradients / (ranks if stage >= 2 else 1),
-        optimizer=0 if offload_optimizer else optimizer,
-        activations=activation_bytes(
-            config,
-            load,
-            trained=trained,
-            adapted=adapted,
-            adapter=adapter,
-            checkpointed=checkpointed,
-            selective=selective,
-            precision=precision,
-        ),
-        head=head_bytes(config, load.labels, trained="lm_head" in trained, precision=precision),
-        host=optimizer * offload_optimizer + weights * offload_parameters,
+        weights=casts + (0 if sharding.offload_parameters else weights),
+        gradients=gradients,
+        optimizer=0 if sharding.offload_optimizer else optimizer,
+        activations=activation_bytes(config, load, trained),
+        head=head_bytes(config, load.labels, trained="lm_head" in trained.parts, precision=trained.precision),
+        host=optimizer * sharding.offload_optimizer + weights * sharding.offload_parameters,
     )
 
 
-LINEAR_PARTS = {"audio_tower", "multi_modal_projector", "language_model", "lm_head"}
+LINEAR_PARTS = ("audio_tower", "multi_modal_projector", "language_model", "lm_head")
 """Parts whose weights are factors of matrix products, nearly all of them."""
 
 
-def activation_bytes(
-    config: PreTrainedConfig,
-    load: Load,
-    *,
-    trained: Collection[str],
-    adapted: Collection[str] = (),
-    adapter: LowRank | None = None,
-    checkpointed: Collection[str] = (),
-    selective: bool = False,
-    precision: str = "bfloat16",
-) -> int:
+def activation_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> int:
     """Bytes that backward needs of forward.
 
-    Args:
-        trained: parts with trained weights; the tower keeps nothing where it is neither trained nor adapted.
-        adapted: parts with low-rank adapters, all like `adapter`.
+    Layers that recompute keep their inputs, and one of them at a time all of its activations. Backward reaches the
+    tower when nothing is left of the language model's, so only the larger of the two counts.
     """
+    tower, one_encoder_layer = _tower_bytes(config, load, trained)
+    return int(tower + max(_language_model_bytes(config, load, trained), one_encoder_layer))
+
+
+def _tower_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> tuple[float, float]:
+    """Bytes that the tower keeps, none where no gradient reaches it, and those of one layer that is recomputed."""
     audio: Any = config.audio_config
-    text: Any = config.text_config
-    stream, family = PRECISIONS[precision].stream, family_of(config.model_type)
+    if not trained.gradients_reach("audio_tower"):
+        return 0, 0
+    precision, family = trained.precision, family_of(config.model_type)
     frames = sum(family.num_encoder_frames(f) for f in load.clip_frames)
-    adapters = {part: adapter or LowRank() for part in adapted}
+    whole = frames * _layer_bytes(encoder_layer(audio, precision), "audio_tower", trained)
+    recomputed = "audio_tower" in trained.checkpointed
+    products = trained.selective * encoder_product_bytes(audio, precision)
+    kept = frames * (PRECISIONS[precision].stream * audio.d_model + products) if recomputed else whole
+    convolutions = convolution_bytes(audio, sum(load.clip_frames), precision)
+    return audio.encoder_layers * kept + convolutions, whole * recomputed
 
-    def per_layer(layer: Layer, part: str) -> int:
-        return layer.kept(precision, trained=part in trained, adapter=adapters.get(part))
 
-    tower, one_encoder_layer = 0, 0
-    if "audio_tower" in trained or "audio_tower" in adapted:
-        whole = frames * per_layer(encoder_layer(audio, precision), "audio_tower")
-        recomputed = "audio_tower" in checkpointed
-        products = selective * encoder_product_bytes(audio, precision)
-        kept = frames * (stream * audio.d_model + products) if recomputed else whole
-        tower = audio.encoder_layers * kept + convolution_bytes(audio, sum(load.clip_frames), precision)
-        one_encoder_layer = whole * recomputed
-    whole = load.tokens * per_layer(decoder_layer(text), "language_model")
-    recomputed = "language_model" in checkpointed
-    products = selective * decoder_product_bytes(text, precision)
+def _language_model_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> float:
+    """Bytes that the language model keeps, with the embeddings into which audio is merged."""
+    text: Any = config.text_config
+    stream, family = PRECISIONS[trained.precision].stream, family_of(config.model_type)
+    whole = load.tokens * _layer_bytes(decoder_layer(text), "language_model", trained)
+    recomputed = "language_model" in trained.checkpointed
+    products = trained.selective * decoder_product_bytes(text, trained.precision)
     kept = load.tokens * (stream * text.hidden_size + products) if recomputed else whole
     merged = stream * text.hidden_size * (load.tokens + sum(family.num_audio_tokens(f) for f in load.clip_frames))
-    language_model = merged + text.num_hidden_layers * kept + whole * recomputed
-    # The tower's layers are computed again when nothing is left of the language model's.
-    return int(tower + max(language_model, one_encoder_layer))
+    return merged + text.num_hidden_layers * kept + whole * recomputed
+
+
+def _layer_bytes(layer: Layer, part: str, trained: Trained) -> int:
+    adapter = trained.adapter if part in trained.adapted else None
+    return layer.kept(trained.precision, trained=part in trained.parts, adapter=adapter)
 
 
 def convolution_bytes(audio: Any, frames: int, precision: str = "bfloat16") -> int:

@@ -28,6 +28,8 @@ from qwen2audio_train.planning.cost import padded_forward_flops, sample_load, th
 from qwen2audio_train.planning.memory import (
     PRECISIONS,
     LowRank,
+    Sharding,
+    Trained,
     activation_bytes,
     decoder_layer,
     encoder_layer,
@@ -134,21 +136,16 @@ def test_memory_of_lora_on_one_h200(seven_b: Qwen2AudioConfig) -> None:
         frames = [load.clip_frames[0]] * copies
         packed = packed_load(frames, [load.tokens] * copies, load.labels * copies)
         adapter = LowRank(16, value=2, copies=False)  # in bfloat16 and without dropout
-        options: dict[str, Any] = {
-            "adapter_parameters": 40_000_000,
-            "adapted": ["language_model"],
-            "adapter": adapter,
-        }
-        return step_memory(seven_b, packed, PARAMETERS_7B, trained=(), **options).total
+        trained = Trained(adapted=["language_model"], adapter=adapter, adapter_parameters=40_000_000)
+        return step_memory(seven_b, packed, PARAMETERS_7B, trained).total
 
     assert total(16_000 // load.tokens) < cost.MEMORY_BYTES["H200"] < total(24_000 // load.tokens)
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)])
 def test_states_shrink_with_the_stage(seven_b: Qwen2AudioConfig, stage: int, gigabytes: float) -> None:
-    memory = step_memory(
-        seven_b, packed_load([], [1], 0), PARAMETERS_7B, trained=list(PARAMETERS_7B), stage=stage, ranks=8
-    )
+    everything = Trained(list(PARAMETERS_7B))
+    memory = step_memory(seven_b, packed_load([], [1], 0), PARAMETERS_7B, everything, Sharding(stage, ranks=8))
     states = memory.weights + memory.gradients + memory.optimizer
     assert states == pytest.approx(gigabytes * sum(PARAMETERS_7B.values()), rel=1e-9)
 
@@ -246,8 +243,8 @@ def matrices_of(part: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def test_a_frozen_tower_keeps_nothing() -> None:
     config, load = tiny_config(), packed_load([1000], [300], 5)
-    trained = activation_bytes(config, load, trained=["audio_tower", "language_model"])
-    frozen = activation_bytes(config, load, trained=["language_model"])
+    trained = activation_bytes(config, load, Trained(["audio_tower", "language_model"]))
+    frozen = activation_bytes(config, load, Trained(["language_model"]))
     assert trained - frozen > 500 * 2 * encoder_layer(config.audio_config, "bfloat16").kept("bfloat16")
 
 
@@ -314,7 +311,7 @@ def test_lora_without_checkpoints_keeps_what_was_traced(seven_b: Qwen2AudioConfi
     """The published shape, 16 320 tokens, under autocast: storages counted in a forward of it without data."""
     load = packed_load([1000] * 51, [320] * 51, 51 * 40)
     adapter = LowRank(16, value=2, copies=True, dropout=dropout)
-    found = activation_bytes(seven_b, load, trained=(), adapted=["language_model"], adapter=adapter)
+    found = activation_bytes(seven_b, load, Trained(adapted=["language_model"], adapter=adapter))
     assert found / 2**30 == pytest.approx(gib, rel=0.01)
 
 
