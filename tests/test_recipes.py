@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qwen2audio_train.config.schema import PARTS, StageConfig
+from qwen2audio_train.config.parts import PARTS
+from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.planning import dry_run as plan
 from qwen2audio_train.planning.dry_run import print_plan
 from qwen2audio_train.training.chain import stage_configs

@@ -8,7 +8,7 @@ right one. Keys below `trainer` are those of `transformers.TrainingArguments`: s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from qwen2audio_train.config.combinations import refusal
 from qwen2audio_train.config.ctc import CtcConfig, ctc_refusal
 from qwen2audio_train.config.data import MAX_SEED, DataConfig
 from qwen2audio_train.config.decoded import DecodedConfig, decoded_refusal
+from qwen2audio_train.config.parts import ADAPTED, LAYERED, PARTS, FreezeConfig
 from qwen2audio_train.config.preference import PreferenceConfig
 from qwen2audio_train.config.reinforcement import GrpoConfig
 from qwen2audio_train.config.tracker import TrackerConfig
@@ -64,30 +65,6 @@ class AdapterKind(StrEnum):
 class InitLora(StrEnum):
     default = "default"
     pissa = "pissa"
-
-
-@dataclass
-class FreezeConfig:
-    """Which parts of the model keep their weights.
-
-    Attributes:
-        audio_tower: the encoder.
-        multi_modal_projector: the layer between encoder and language model.
-        language_model: the decoder layers.
-        embed_tokens: the token embeddings.
-        lm_head: the output layer.
-    """
-
-    audio_tower: bool = False
-    multi_modal_projector: bool = False
-    language_model: bool = False
-    embed_tokens: bool = False
-    lm_head: bool = False
-
-
-PARTS = tuple(part.name for part in fields(FreezeConfig))
-LAYERED = ("audio_tower", "language_model")
-ADAPTED = ("language_model", "multi_modal_projector", "audio_tower")
 
 
 @dataclass

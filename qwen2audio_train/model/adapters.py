@@ -18,7 +18,8 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
-from qwen2audio_train.config.schema import PARTS, AdapterConfig, AdapterKind, ConfigError, InitLora
+from qwen2audio_train.config.parts import PARTS
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, ConfigError, InitLora
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.model.freeze import part_of
 from qwen2audio_train.model.packed import PackedAudioLM

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qwen2audio_train.config.bounds import nearest
-from qwen2audio_train.config.schema import PARTS, ConfigError, ModelConfig, ModelKind
+from qwen2audio_train.config.parts import PARTS
+from qwen2audio_train.config.schema import ConfigError, ModelConfig, ModelKind
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.families.known import DEFAULT, family_of
 from qwen2audio_train.model.assemble import assemble

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from qwen2audio_train.config.schema import PARTS, ConfigError, FreezeConfig
+from qwen2audio_train.config.parts import PARTS, FreezeConfig
+from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.model.ctc import HEAD
 from qwen2audio_train.model.packed import unwrap
 
 
 def part_of(name: str, family: Family) -> str:
-    """Part (of `config.schema.PARTS`) that the parameter `name` belongs to, bare or inside a PEFT wrapper.
+    """Part (of `config.parts.PARTS`) that the parameter `name` belongs to, bare or inside a PEFT wrapper.
 
     The parts are disjoint and together hold every parameter; `language_model` leaves its `embed_tokens` out.
 

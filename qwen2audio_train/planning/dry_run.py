@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from qwen2audio_train.config.data import SourceConfig
-from qwen2audio_train.config.schema import PARTS, DeepSpeedConfig, StageConfig
+from qwen2audio_train.config.parts import PARTS
+from qwen2audio_train.config.schema import DeepSpeedConfig, StageConfig
 from qwen2audio_train.data.examples import Example, clips_of
 from qwen2audio_train.data.manifests.json_object import ManifestError
 from qwen2audio_train.data.manifests.manifest import parse_manifest

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, CheckpointingPolicy, FreezeConfig
+from qwen2audio_train.config.parts import FreezeConfig
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, CheckpointingPolicy
 from qwen2audio_train.model.activation_checkpointing import set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.freeze import set_trainable

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen2audio_train.cli.compose import launch
-from qwen2audio_train.config.schema import PARTS
+from qwen2audio_train.config.parts import PARTS
 from tests.launch.scripts import SCHEMAS, script
 from tests.runs import ARCHITECTURE
 

@@ -8,8 +8,9 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from qwen2audio_train.config.parts import FreezeConfig
 from qwen2audio_train.config.recipe import RecipeConfig
-from qwen2audio_train.config.schema import FreezeConfig, StageConfig, load_config
+from qwen2audio_train.config.schema import StageConfig, load_config
 from qwen2audio_train.pairs.make import SamplingOptions
 from qwen2audio_train.pairs.questions import Question
 from qwen2audio_train.pairs.score import scorer

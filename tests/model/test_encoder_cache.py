@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen2audio_train.config.schema import FreezeConfig
+from qwen2audio_train.config.parts import FreezeConfig
 from qwen2audio_train.model.encoder_cache import EncoderCache, weights_digest
 from qwen2audio_train.model.freeze import set_trainable
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio

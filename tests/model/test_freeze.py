@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qwen2audio_train.config.schema import AdapterConfig, AdapterKind, FreezeConfig
+from qwen2audio_train.config.parts import FreezeConfig
+from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.freeze import (
     PARTS,

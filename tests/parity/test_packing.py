@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen2audio_train.config.schema import FreezeConfig
+from qwen2audio_train.config.parts import FreezeConfig
 from qwen2audio_train.model.freeze import set_trainable
 from tests.model.rows import Row, pack, pad, random_row
 from tests.parity.steps import RELATIVE_TOLERANCE, gradients, pair, worst

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from qwen2audio_train import __version__
 from qwen2audio_train.config.data import DataConfig, SampleRecipe
-from qwen2audio_train.config.schema import PARTS, AdapterKind, Stage, StageConfig
+from qwen2audio_train.config.parts import PARTS
+from qwen2audio_train.config.schema import AdapterKind, Stage, StageConfig
 from qwen2audio_train.data.samples.recipe import recipe_of, save_inputs
 from qwen2audio_train.export import generation_config
 from qwen2audio_train.families.known import family_of
