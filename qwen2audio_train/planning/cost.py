@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedConfig
 
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.families.family import Family
-from qwen2audio_train.families.known import DEFAULT, family_of
-from qwen2audio_train.layout import MAX_FRAMES, num_frames, num_samples_of, window_samples
-from qwen2audio_train.model.flops import PEAK_BF16_FLOPS, Load, encoder_flops, forward_flops, packed_load
+from qwen2audio_train.families.known import DEFAULT
+from qwen2audio_train.layout import num_frames, num_samples_of, window_samples
+from qwen2audio_train.model.flops import PEAK_BF16_FLOPS, Load, packed_load
 
 MEMORY_BYTES = {"A100-80": 80e9, "H100": 80e9, "H200": 141e9, "L40S": 48e9}
 """Memory of the same GPUs, from the same data sheets."""
@@ -36,17 +33,6 @@ def sample_load(
 def repeated(load: Load, times: int) -> Load:
     """`times` such samples in one row."""
     return Load(load.clip_frames * times, load.tokens * times, load.pairs * times, load.labels * times)
-
-
-def padded_forward_flops(config: PreTrainedConfig, load: Load) -> dict[str, int]:
-    """The same load through the stock model: clips padded to 30 s, every token at the head, no padded rows."""
-    flops = forward_flops(config, load)
-    text: Any = config.text_config
-    flops["audio_tower"] = len(load.clip_frames) * encoder_flops(
-        config.audio_config, MAX_FRAMES, family_of(config.model_type)
-    )
-    flops["lm_head"] = 2 * text.hidden_size * text.vocab_size * load.tokens
-    return flops
 
 
 @dataclass(frozen=True)

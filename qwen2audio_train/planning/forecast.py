@@ -25,15 +25,8 @@ from qwen2audio_train.planning.cost import (
     traffic_bytes,
 )
 from qwen2audio_train.planning.dry_run import CHARACTERS_PER_TOKEN, Counts, Plan, gib
-from qwen2audio_train.planning.memory import (
-    PRECISIONS,
-    LowRank,
-    Memory,
-    Sharding,
-    Trained,
-    optimizer_bytes,
-    step_memory,
-)
+from qwen2audio_train.planning.layers import PRECISIONS, LowRank
+from qwen2audio_train.planning.memory import Memory, Sharding, Trained, optimizer_bytes, step_memory
 from qwen2audio_train.training.stages.arguments import forwards_per_step, sums_in_float32
 
 FALLBACK = {"clip_s": 10.0, "prompt_tokens": 30.0, "label_tokens": 40.0}

@@ -1,124 +1,29 @@
 """What a step holds in memory, from the architecture's numbers alone: weights, gradients, optimiser, activations.
 
-The activations are those that autograd keeps of transformers' layers with flash attention, counted tensor by tensor; a
-test holds them against what torch really saves. The estimate leaves out the allocator's fragmentation, buffers of
-communication, and what CUDA itself takes (1 to 2 GB).
+The activations are those of the layers (`layers.py`), of the convolutions and of the scoring of labels. The estimate
+leaves out the allocator's fragmentation, buffers of communication, and what CUDA itself takes (1 to 2 GB).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from qwen2audio_train.families.known import family_of
-from qwen2audio_train.model.flops import Load, head_dim
+from qwen2audio_train.model.flops import Load
 from qwen2audio_train.model.loss import chunk_rows
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes of what is stored and computed.
-
-    Attributes:
-        weight: bytes of a weight and of its gradient.
-        stream: bytes of a value of the residual stream.
-        matmul: bytes of a value that goes into a linear layer or comes out of one.
-        rms_scaled: bytes of a value of an RMS norm before its weight.
-        casts: every linear layer keeps a copy of its own of what it reads, in the type that it computes in.
-    """
-
-    weight: int
-    stream: int
-    matmul: int
-    rms_scaled: int
-    casts: bool = False
-
-
-PRECISIONS = {
-    "float32": Precision(4, 4, 4, rms_scaled=4),
-    "bfloat16": Precision(2, 2, 2, rms_scaled=2),
-    "autocast": Precision(4, 4, 2, rms_scaled=4, casts=True),
-}
-"""float32 weights computed in float32, bfloat16 ones in bfloat16, float32 ones in bfloat16 (`trainer.bf16`)."""
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What low-rank adapters keep of what they read, which frozen layers themselves do not keep.
-
-    Attributes:
-        rank: of each.
-        value: bytes of a value that they compute with: 2 under autocast or with weights in bfloat16, else 4.
-        copies: each keeps a copy of its own of what it reads, as dropout and another type than the model's make.
-        dropout: each keeps a mask too, a byte a value.
-        dora: the gradient of each magnitude wants what the layer gives, once of itself and once of its adapter.
-    """
-
-    rank: int = 16
-    value: int = 4
-    copies: bool = True
-    dropout: bool = False
-    dora: bool = False
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Values that one layer keeps of one token or encoder frame, by who keeps them.
-
-    Attributes:
-        width: of the residual stream, and so of the input of each of its two norms.
-        norm_bytes: of a value of such an input.
-        rms: the norms scale by their weights values that these want again.
-        inside: query, key, value and the attention's output, and what activation and gate keep.
-        readers: linear layers that read what a norm gives.
-        others: what the other linear layers read and nothing inside keeps.
-        inputs, outputs: what all linear layers read and give, each counted for itself; `linears` is their number.
-    """
-
-    width: int
-    norm_bytes: int
-    rms: bool
-    inside: int
-    readers: int
-    others: int
-    inputs: int
-    outputs: int
-    linears: int
-
-    def kept(self, precision: str, *, trained: bool = True, adapter: LowRank | None = None) -> int:
-        """Bytes that a layer keeps: for the gradients of its inputs alone, and for those of its weights or adapters."""
-        size = PRECISIONS[precision]
-        total = 2 * self.norm_bytes * self.width + size.matmul * self.inside
-        if trained:
-            read = self.readers if size.casts else 2
-            total += 2 * self.rms * size.rms_scaled * self.width + size.matmul * (read * self.width + self.others)
-        if adapter is not None:
-            shared = size.matmul * (2 * self.width + self.others)
-            total += (adapter.value + adapter.dropout) * self.inputs if adapter.copies else shared
-            total += adapter.value * (adapter.rank * self.linears + 2 * adapter.dora * self.outputs)
-        return total
-
-
-def encoder_layer(audio: Any, precision: str) -> Layer:
-    """An encoder layer; attention's output is laid out anew for the layer that reads it."""
-    d, f = audio.d_model, audio.encoder_ffn_dim
-    stream = PRECISIONS[precision].stream
-    return Layer(
-        d, stream, rms=False, inside=4 * d + f, readers=4, others=d + f, inputs=5 * d + f, outputs=5 * d + f, linears=6
-    )
-
-
-def decoder_layer(text: Any) -> Layer:
-    """A decoder layer, whose norms compute in float32 always; inside are gate, activation and up too."""
-    d, f, width = text.hidden_size, text.intermediate_size, head_dim(text)
-    queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
-    inside = 2 * queries + 2 * keys + 3 * f
-    read, given = 5 * d + queries + f, 2 * d + queries + 2 * keys + 2 * f
-    return Layer(d, 4, rms=True, inside=inside, readers=5, others=f, inputs=read, outputs=given, linears=7)
-
+from qwen2audio_train.planning.layers import (
+    PRECISIONS,
+    Layer,
+    LowRank,
+    decoder_layer,
+    decoder_product_bytes,
+    encoder_layer,
+    encoder_product_bytes,
+)
 
 OPTIMIZER_STATES = {
     "adamw_torch": (0, 2),
@@ -178,7 +83,7 @@ class Trained:
 
     parts: Collection[str] = ()
     adapted: Collection[str] = ()
-    adapter: LowRank = LowRank()
+    adapter: LowRank = field(default_factory=LowRank)
     adapter_parameters: int = 0
     checkpointed: Collection[str] = ()
     selective: bool = False
@@ -295,17 +200,6 @@ def convolution_bytes(audio: Any, frames: int, precision: str = "bfloat16") -> i
     """Bytes that both convolutions keep of `frames` mel frames: inputs and what the activations need."""
     values = audio.num_mel_bins + 2 * audio.d_model + audio.d_model // 2
     return int(frames * PRECISIONS[precision].matmul * values)
-
-
-def encoder_product_bytes(audio: Any, precision: str = "bfloat16") -> int:
-    """Bytes of what the products and the attention of one encoder layer give for one frame."""
-    return int(PRECISIONS[precision].matmul * (6 * audio.d_model + audio.encoder_ffn_dim))
-
-
-def decoder_product_bytes(text: Any, precision: str = "bfloat16") -> int:
-    """Bytes of what the products and the attention of one decoder layer give for one token."""
-    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
-    return int(PRECISIONS[precision].matmul * (heads + 2 * text.hidden_size + 2 * text.intermediate_size))
 
 
 def head_bytes(config: PreTrainedConfig, labels: int, *, trained: bool, precision: str = "bfloat16") -> int:

@@ -15,7 +15,7 @@ from qwen2audio_train.families.qwen2_audio import num_encoder_frames
 from qwen2audio_train.model.activation_checkpointing import _policy, set_activation_checkpointing
 from qwen2audio_train.model.adapters import apply_adapter
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
-from qwen2audio_train.planning.memory import decoder_product_bytes, encoder_product_bytes
+from qwen2audio_train.planning.layers import decoder_product_bytes, encoder_product_bytes
 from tests.model.rows import pack, random_row, tiny_config
 
 PARTS = ("audio_tower", "language_model")

@@ -93,7 +93,6 @@ class Client:
     endpoint: Endpoint
     sleep: Callable[[float], None] = time.sleep
     spent: float = 0.0
-    num_requests: int = 0
     _next_start: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -178,7 +177,6 @@ class Client:
 
     def _wait_for_turn(self) -> None:
         with self._lock:
-            self.num_requests += 1
             now = time.monotonic()
             start = max(now, self._next_start)
             rate = self.endpoint.requests_per_minute
