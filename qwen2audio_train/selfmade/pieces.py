@@ -32,7 +32,7 @@ class Piece:
     Attributes:
         id: its name, and its file: audio/<id>.wav.
         text, language, voice: what is said, in which language, by which voice of speech.VOICES.
-        label: sound, scene, instrument or number of beeps; of a command: the sound behind it.
+        label: sound, scene, instrument or number of beeps; of a command: the sound that follows it.
         note: name of the note.
         origin: which part of the grammar the text is from.
         answer: the right answer to a spoken question or command.

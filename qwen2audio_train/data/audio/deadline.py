@@ -124,7 +124,7 @@ class Helper:
     __del__ = stop
 
     def _free(self) -> int:
-        """Where in the arena the next array goes: behind those that somebody still holds."""
+        """Where in the arena the next array goes: after those that somebody still holds."""
         self._lent = [(end, array) for end, array in self._lent if array() is not None]
         return max((end for end, _ in self._lent), default=0)
 

@@ -60,7 +60,7 @@ def look_through(file: Bytes, size: int) -> Media:
         length = _decoded(decoder, 0.0, MOST_S).data.shape[1] / rate
         if length > MOST_S - 1:
             raise FormatError("does not say how long it is: `ffmpeg -i IN -c copy OUT` writes that in")
-    first = _decoded(decoder, 0.0, LEAD_S)  # of a fragmented MP4 it stands behind the encoder's delay
+    first = _decoded(decoder, 0.0, LEAD_S)  # of a fragmented MP4 it comes after the encoder's delay
     return Media(rate, int(about.num_channels), round(length * rate), float(first.pts_seconds))
 
 

@@ -19,7 +19,7 @@ def read_arrow(file: str, audio: str, label: str, folders: Sequence[str]) -> Row
 
     A cell that holds the path of a file instead of its bytes becomes that path.
 
-    Columns: the file's own, class labels by their names, and `__key__`, the row's number behind `label`.
+    Columns: the file's own, class labels by their names, and `__key__`, the row's number after `label`.
 
     Args:
         folders: what relative paths in cells may be relative to.

@@ -118,7 +118,7 @@ def load_record(text: str | bytes, file: str, line: int) -> Record:
         return ManifestError(file, line, "", "one JSON object per line", found)
 
     try:
-        # a mark of the byte order may begin any line: that of a file, or of one that was put behind another
+        # a mark of the byte order may begin any line: that of a file, or of one that was appended to another
         decoded = (text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff")
         values = _DECODER.decode(decoded)
     except UnicodeDecodeError as problem:

@@ -163,7 +163,7 @@ def _cells(
     """The cells of every row, with the line that it starts in.
 
     A quoted cell of a CSV may go over several lines, but not over a line that is a whole row by itself: there a quote
-    was left open, and reading on would put the rows behind it into one cell.
+    was left open, and reading on would put the rows after it into one cell.
     """
     waiting: list[tuple[int, str | ManifestError]] = []
     num_cells = 0
@@ -200,7 +200,7 @@ def _continued(
     lines: Iterator[tuple[int, str | ManifestError]],
     num_cells: int,
 ) -> tuple[list[str] | None, int]:
-    """The cells of a row that goes on in the lines behind it, and how many those are; None if it does not end.
+    """The cells of a row that goes on in the lines after it, and how many those are; None if it does not end.
 
     Lines that are looked at are put into `waiting`.
     """

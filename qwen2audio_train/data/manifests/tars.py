@@ -28,7 +28,7 @@ def read_tar(tar: str, shown: str) -> Rows:
 
     Members whose names begin with a dot are none: a Mac writes `._a.wav` beside every `a.wav`.
 
-    Columns: __key__, the name up to the first dot; __path__, the same behind the shard's own name; audio, the placed
+    Columns: __key__, the name up to the first dot; __path__, the same after the shard's own name; audio, the placed
     path of the first member that is audio; __members__, the places of all that are no text; every other member under
     what follows the first dot: `txt` and `cls` as text, `json` as an object.
 

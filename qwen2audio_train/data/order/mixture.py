@@ -109,7 +109,12 @@ class Mixture:
 
 
 class PositionTree:
-    """Splits an epoch's positions between halves of the sources: the left gets floor((t L + phase) / total) of t."""
+    """Interleaves the sources of an epoch evenly.
+
+    Of the first t positions the left half of the sources has floor((t * L + phase) / total), where L is the number of
+    its draws in the epoch and total that of both halves. The same rule, applied to halves of halves, gives source and
+    draw number of a position in O(log sources); no source is more than one draw per level away from its share.
+    """
 
     def __init__(self, seed: int, epoch: int, counts: Ints):
         self.seed, self.epoch = seed, epoch

@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 
 HELD_OUT = 4
-"""Colour of a curve over held-out data, behind those of the stages."""
+"""Colour of a curve over held-out data, after those of the stages."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 12, 34
 

@@ -1,4 +1,4 @@
-"""Examples as evaluation sees them: a reference, what kind of answer it is, and which answer deafness would give."""
+"""Examples as evaluation sees them: a reference, the kind of answer, and the majority answer, which needs no audio."""
 
 from __future__ import annotations
 

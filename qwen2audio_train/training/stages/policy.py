@@ -142,7 +142,7 @@ def differences(
 
 
 def _resolved(model: ModelConfig) -> ModelConfig:
-    """With the folder of weights, or the hub id, that each path stands for."""
+    """The same config with every run folder replaced by the weights of its newest complete checkpoint."""
     keys = ("path",) if model.kind is ModelKind.released else ("audio_encoder", "language_model")
     found: dict[str, Any] = {key: folders.weights_folder(path) for key in keys if (path := getattr(model, key))}
     return replace(model, **found)

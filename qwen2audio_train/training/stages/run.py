@@ -149,7 +149,7 @@ def save_companions(tokenizer: PreTrainedTokenizerBase, samples: SampleRecipe, b
 
 
 def fit(trainer: PackedTrainer, config: StageConfig) -> None:
-    """Train from the newest complete checkpoint, or from the start, and leave a checkpoint of the last step behind.
+    """Train from the newest complete checkpoint, or from the start, and write a checkpoint of the last step.
 
     Raises:
         SystemExit: with the status `stop.STOPPED`, after a signal has ended the run before its last step.
