@@ -127,9 +127,7 @@ def test_answers_are_read_as_from_separate_trees(packer: Any) -> None:
     for shares in (True, False):
         batch = indexed(packer(PAIRS, BANDS, share_prefixes=shares), QWEN2_AUDIO)
         scatters = [key for key in ("scatter", "KL_scatter") if key in batch]
-        hidden.append(
-            [model.model(**{**batch, "scatter": batch[key]}).last_hidden_state.detach() for key in scatters]
-        )
+        hidden.append([model.model(**{**batch, "scatter": batch[key]}).last_hidden_state.detach() for key in scatters])
     for ours, theirs in zip(*hidden, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -145,7 +143,7 @@ def test_answers_are_read_as_from_separate_trees(packer: Any) -> None:
 def test_every_segment_attends_to_what_came_before_it_in_its_sample(parts: list[tuple[Any, ...]]) -> None:
     """Followed back through the keys of its segment, every labelled token has the prefix that its sample has."""
     samples = [
-        sample((*SYSTEM, *MARKUP)[:length] + (90 + kind,), tuple(range(100, 100 + size)), clip)
+        sample((*(*SYSTEM, *MARKUP)[:length], 90 + kind), tuple(range(100, 100 + size)), clip)
         for length, kind, clip, size in parts
     ]
     batch = pack(samples, num_mel_bins=BANDS)
