@@ -17,7 +17,8 @@ from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.prompts.render import render, rendered_text
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.decoding.generate import Decoding, stop_ids
-from qwen2audio_train.export import check_export, export, export_adapter
+from qwen2audio_train.evaluation.decoding.lazy_samples import LazySamples
+from qwen2audio_train.export import as_heard, check_export, export, export_adapter, repeated
 from qwen2audio_train.model.adapters import adapter_has_learnt, apply_adapter, load_adapter, merge_adapter
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
 from tests.evaluation.tiny import MEL_BINS, SAMPLES, noise, tiny_model, tiny_tokenizer
@@ -145,6 +146,15 @@ def test_the_script_refuses_an_adapter_that_has_learnt_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_of_a_clip_over_30_s_both_hear_the_first_30_s(examples, tmp_path):
+    model = tiny_model()
+    export(model, tiny_tokenizer(), SAMPLES, tmp_path / "out")
+    long = repeated(examples[0], SAMPLES, 31.0, tmp_path)
+    assert check_export(tmp_path / "out", model, tiny_tokenizer(), SAMPLES, [long], decoding=DECODING) == []
+    whole = LazySamples([long, as_heard(long, SAMPLES)], tiny_tokenizer(), SAMPLES, for_generation=True)
+    assert [sum(sample.clip_frames) for sample in whole] == [3100, 3000], "our own path hears all of it elsewhere"
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_the_script_exports_what_was_trained(merge, examples, tmp_path, capsys):
     base = str(export(tiny_model(), tiny_tokenizer(), SAMPLES, tmp_path / "plain"))
@@ -153,5 +163,5 @@ def test_the_script_exports_what_was_trained(merge, examples, tmp_path, capsys):
     manifest.write_text("".join(json.dumps(to_record(example, tmp_path)) + "\n" for example in examples[3:5]))
     options = {"check_manifest": str(manifest), "merge": merge}
     script("export").main(ExportConfig(str(tmp_path / "trained"), str(tmp_path / "out"), **options))
-    assert "2 of 2 texts are the same by the stock classes" in capsys.readouterr().out
+    assert "3 of 3 texts are the same by the stock classes" in capsys.readouterr().out
     assert (tmp_path / "out" / "base").exists() != merge

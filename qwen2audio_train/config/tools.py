@@ -57,8 +57,8 @@ class ExportConfig:
         output_dir: folder that plain transformers (or peft) reads afterwards.
         merge: add an adapter's weights to its base; a server that cannot adapt the audio tower needs it.
         dtype: type of the weights that are written.
-        check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree; clips over
-            30 s, which the stock processor cuts, are passed over.
+        check_manifest: manifest whose first `check_examples` are decoded by both paths and have to agree, and one more,
+            repeated to 31 s; of clips over 30 s both hear the first 30 s, as the stock processor does.
         check_examples: how many examples of `check_manifest` are compared.
         evaluation: folder of `launch/evaluate.py` whose scores stand in the model card; unset, that of the checkpoint
             or of its run, if there is one.
