@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from qwen2audio_train.ablation.order import changed_keys, check_order
 from qwen2audio_train.ablation.study import BASELINE, Run
+from qwen2audio_train.data.storage.files import json_lines
 from qwen2audio_train.evaluation.reporting.compare import compare, compare_all
 from qwen2audio_train.evaluation.reporting.results import read_result
 from qwen2audio_train.evaluation.reporting.stage_record import read_stage
@@ -186,4 +186,4 @@ def cost_of(runs: Sequence[Run]) -> Cost:
 
 
 def log_of(folder: Path) -> list[Mapping[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list(json_lines(folder / "log.jsonl"))

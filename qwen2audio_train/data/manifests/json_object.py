@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def load_record(text: str | bytes, file: str, line: int) -> Record:
         cut_off = "" if decoded.endswith("\n") else " (the line has no line end: is the file cut off?)"
         raise error(f"{problem.msg} at column {problem.colno}{cut_off}") from None
     except (ValueError, RecursionError) as problem:
-        raise error(str(problem)) from None
+        huge = "a number of thousands of digits: put it into quotes if it is text"
+        raise error(huge if "integer string conversion" in str(problem) else str(problem)) from None
     return as_record(values, file, line)
 
 
@@ -173,4 +175,10 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name}, which is no JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text}, which is beyond the numbers that there are: put it into quotes if it is text")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)

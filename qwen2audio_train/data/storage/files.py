@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 UNSETTLED_NS = 2 * 10**9
 """How old a change has to be before the times of a file are believed: some file systems keep whole seconds, FAT two."""
@@ -49,6 +50,12 @@ def remembered(path: str, cache_dir: str | Path, what: str, work: Callable[[str]
             if not place.exists():
                 write_whole(place, [work(path)])
     return place.read_text(encoding="utf-8")
+
+
+def json_lines(path: str | Path) -> Iterator[Any]:
+    """What the lines of a JSON Lines file hold; a line feed alone ends one, where `str.splitlines` breaks at U+2028."""
+    with open(path, "rb") as file:
+        yield from (json.loads(line) for line in file if line.strip())
 
 
 def write_bytes(path: Path, contents: bytes) -> None:

@@ -36,7 +36,7 @@ from qwen2audio_train.data.order.permutation import hash_key, permute
 from qwen2audio_train.data.quarantine import BadExample
 from qwen2audio_train.data.samples.recipe import limits_of, remote_of
 from qwen2audio_train.data.storage.blobs import BLOCK, TarMember
-from qwen2audio_train.data.storage.files import locked, write_whole
+from qwen2audio_train.data.storage.files import json_lines, locked, write_whole
 from qwen2audio_train.data.storage.parallel import in_order, processes
 from qwen2audio_train.data.tools.sources import open_manifests
 from qwen2audio_train.errors import ExampleError
@@ -236,8 +236,7 @@ def _summary(output: Path, name: str, num_shards: int, bad: list[BadExample]) ->
     listed = [*bad]
     for path in tars:
         if path.with_suffix(".bad.jsonl").exists():
-            lines = path.with_suffix(".bad.jsonl").read_text(encoding="utf-8").splitlines()
-            listed += [BadExample(**json.loads(line)) for line in lines]
+            listed += [BadExample(**fields) for fields in json_lines(path.with_suffix(".bad.jsonl"))]
     examples = sum(_count_lines(path.with_suffix(".jsonl")) for path in tars)
     return Sharded(num_shards, examples, sum(path.stat().st_size for path in tars), listed)
 

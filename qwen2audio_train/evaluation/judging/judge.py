@@ -20,6 +20,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from qwen2audio_train.config.schema import ConfigError
+from qwen2audio_train.data.storage.files import json_lines
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.evaluation.judging.client import Client, CostCapError, JudgeError, client_of
 from qwen2audio_train.evaluation.scoring.benchmarks import benchmarks
@@ -121,7 +122,7 @@ def read_items(folder: str | Path) -> list[Judged]:
         ValueError: no example has a description.
     """
     path = Path(folder) / "texts.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = list(json_lines(path))
     items = [
         Judged(r["id"], r["meta"]["description"], r["question"] or "", r["reference"], r["text"], r.get("source", ""))
         for r in records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from qwen2audio_train.data.audio.mel import log_mel
 from qwen2audio_train.data.examples import Clip
 from qwen2audio_train.data.prompts.pools import describe_tasks
 from qwen2audio_train.data.samples.sample import load_clip
+from qwen2audio_train.data.storage.files import json_lines
 from qwen2audio_train.evaluation.reporting.charts import (
     HELD_OUT,
     Dot,
@@ -56,8 +56,7 @@ def read_log(folder: str | Path) -> dict[str, list[dict[str, Any]]]:
     own = folder / "log.jsonl"
     stages: dict[str, list[dict[str, Any]]] = {}
     for file in [own] if own.is_file() else sorted(folder.glob("*/log.jsonl")):
-        for text in file.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
+        for line in json_lines(file):
             stages.setdefault(line["stage"], []).append(line)
     return stages
 

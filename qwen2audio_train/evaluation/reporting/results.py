@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.storage.files import json_lines
 from qwen2audio_train.evaluation.scoring.bootstrap import Score
 from qwen2audio_train.evaluation.scoring.items import Item
 from qwen2audio_train.evaluation.scoring.normalise import normalise
@@ -75,7 +76,7 @@ def read_result(name: str, folder: str | Path) -> Result:
 
 def read_texts(path: Path) -> Iterator[tuple[Item, str, tuple[Clip, ...]]]:
     """Items, texts and clips of a texts.jsonl."""
-    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+    for record in json_lines(path):
         text, clips = record.pop("text"), record.pop("clips", ())
         yield Item(**record), text, tuple(Clip(**clip) for clip in clips)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen2audio_train.data.examples import ChatExample, Clip, TaskExample, clips_of
 from qwen2audio_train.data.manifests.manifest import read_manifest
+from qwen2audio_train.data.storage.files import json_lines
 from qwen2audio_train.evaluation.reporting.summary import (
     MetricRecord,
     RunSummary,
@@ -100,4 +101,4 @@ def _showcase(example: Any, clip: Clip, reference: str, decoded: dict[str, str])
 
 
 def _texts(path: Path) -> dict[str, dict[str, Any]]:
-    return {record["id"]: record for record in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    return {record["id"]: record for record in json_lines(path)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qwen2audio_train.config.schema import StageConfig
 from qwen2audio_train.config.tracker import TrackerConfig, WandbMode
 from qwen2audio_train.data.audio.decode import load_audio
 from qwen2audio_train.data.examples import Clip
+from qwen2audio_train.data.storage.files import json_lines
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.layout import SAMPLING_RATE
 
@@ -102,8 +103,7 @@ class Wandb(TrainerCallback):
         import wandb
 
         table = wandb.Table(columns=["source", "reference", "answer", "audio"])
-        for line in path.read_text(encoding="utf-8").splitlines()[: self.config.decoded.shown]:
-            record = json.loads(line)
+        for record in islice(json_lines(path), self.config.decoded.shown):
             clip = next(iter(record["clips"]), None)
             audio = None if clip is None else wandb.Audio(load_audio(Clip(**clip)), SAMPLING_RATE)
             table.add_data(record["source"], record["reference"], record["text"], audio)

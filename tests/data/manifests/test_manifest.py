@@ -213,6 +213,8 @@ def test_bad_fields(record: dict[str, Any], field: str, says: str) -> None:
         ("[1]", "found a list of 1"),
         ('{"id": "a", "id": "b"}', 'the key "id" twice'),
         ('{"id": NaN}', "NaN"),
+        ('{"id": 1e400}', "1e400, which is beyond the numbers that there are: put it into quotes if it is text"),
+        ('{"id": ' + "9" * 5000 + "}", "a number of thousands of digits: put it into quotes if it is text"),
         (b'{"id": "\xff"}', "byte 0xff"),
         ("[" * 100_000, "one JSON object"),
     ],

@@ -18,7 +18,7 @@ from qwen2audio_train.data.order import index
 from qwen2audio_train.data.order.index import Index, Measured, open_index
 from qwen2audio_train.data.samples.maker import with_duration
 from qwen2audio_train.data.storage import files
-from qwen2audio_train.data.storage.files import content_hash, remembered
+from qwen2audio_train.data.storage.files import content_hash, json_lines, remembered
 from qwen2audio_train.data.storage.remote import Remote
 from tests.data.corpora import write_corpus
 
@@ -119,3 +119,11 @@ def test_of_many_ranks_one_reads_the_manifest_and_later_starts_none(
     assert sorted(read) == once
     start()
     assert sorted(read) == once
+
+
+def test_texts_with_line_separators_stay_in_their_line(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line for Python's str, and stand in answers of models."""
+    path = tmp_path / "texts.jsonl"
+    records = [{"text": "one\u2028two\u0085three"}, {"text": "four\x0b\r\n"}]
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    assert list(json_lines(path)) == records
