@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -149,33 +150,55 @@ def main() -> None:
         (args.work / "noise").mkdir()
         write_noise(args.work / "noise")
     ways = [f"{precision}-{kind}" for precision, kind in product(PRECISIONS, KINDS)]
-    for place in args.sources:
-        todo = pending(args.work, [f"{place}-{way}" for way in ways])
-        jobs = [{"name": n, "overrides": overrides(place, *n.split("-")[2:]), "resume": "auto"} for n in todo]
-        if jobs:
-            run_jobs(args.work, place, jobs)
+    run_sources(args.work, args.sources, ways)
     cells: dict[str, dict[str, Any]] = {}
     for target in args.targets:
-        names = [f"{source}-{way}@{target}" for source in args.sources for way in ways]
-        saved = [name for name in names if (args.work / "outcomes" / name.partition("@")[0]).read_text() == "{}"]
-        jobs = [
-            {
-                "name": name,
-                "overrides": overrides(target, *name.partition("@")[0].split("-")[2:]),
-                "resume": f"{name.partition('@')[0]}/checkpoint-3",
-            }
-            for name in pending(args.work, saved)
-        ]
-        if jobs:
-            run_jobs(args.work, target, jobs)
-        cells |= {name: compare(args.work, name.partition("@")[0], name) for name in names}
+        cells |= resumed(args.work, [f"{source}-{way}" for source in args.sources for way in ways], target)
         print(target, len(cells), "cells", flush=True)
     print(table(cells, args.sources, args.targets))
+    totals = totals_of(args.work, cells, args.sources, ways)
+    if args.save:
+        from record import save
+
+        save(args.save, {**totals, "each": cells})
+    print(json.dumps(totals))
+
+
+def run_sources(work: Path, places: Sequence[str], ways: Sequence[str]) -> None:
+    """Run and save on every place what has not run yet."""
+    for place in places:
+        todo = pending(work, [f"{place}-{way}" for way in ways])
+        jobs = [{"name": n, "overrides": overrides(place, *n.split("-")[2:]), "resume": "auto"} for n in todo]
+        if jobs:
+            run_jobs(work, place, jobs)
+
+
+def resumed(work: Path, sources: Sequence[str], target: str) -> dict[str, dict[str, Any]]:
+    """The cells of one place: what every source that was saved comes to when it is resumed there."""
+    names = [f"{source}@{target}" for source in sources]
+    saved = [name for name in names if (work / "outcomes" / name.partition("@")[0]).read_text() == "{}"]
+    jobs = [
+        {
+            "name": name,
+            "overrides": overrides(target, *name.partition("@")[0].split("-")[2:]),
+            "resume": f"{name.partition('@')[0]}/checkpoint-3",
+        }
+        for name in pending(work, saved)
+    ]
+    if jobs:
+        run_jobs(work, target, jobs)
+    return {name: compare(work, name.partition("@")[0], name) for name in names}
+
+
+def totals_of(
+    work: Path, cells: Mapping[str, Mapping[str, Any]], sources: Sequence[str], ways: Sequence[str]
+) -> dict[str, Any]:
+    """Counts of the cells, and their worst loss beside that of two uninterrupted runs, per precision."""
     carried = [cell for cell in cells.values() if "loss" in cell]
     worst = {p: max((c["loss"] for n, c in cells.items() if p in n and "loss" in c), default=None) for p in PRECISIONS}
-    pairs = [(f"{a}-{way}", f"{b}-{way}") for a, b in product(args.sources, repeat=2) for way in ways]
-    whole = [(pair[0], found["loss"]) for pair in pairs if "loss" in (found := compare(args.work, *pair))]
-    totals = {
+    pairs = [(f"{a}-{way}", f"{b}-{way}") for a, b in product(sources, repeat=2) for way in ways]
+    whole = [(pair[0], found["loss"]) for pair in pairs if "loss" in (found := compare(work, *pair))]
+    return {
         "cells": len(cells),
         "carried out": len(carried),
         "refused": sum("refused" in cell for cell in cells.values()),
@@ -183,11 +206,6 @@ def main() -> None:
         "worst loss": worst,
         "of two uninterrupted runs": {p: max((x for n, x in whole if p in n), default=None) for p in PRECISIONS},
     }
-    if args.save:
-        from record import save
-
-        save(args.save, {**totals, "each": cells})
-    print(json.dumps(totals))
 
 
 if __name__ == "__main__":

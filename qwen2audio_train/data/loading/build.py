@@ -71,8 +71,15 @@ def build_batches(
     quarantine = Quarantine(bad_examples_path, data.max_bad_examples, data.max_bad_share, shown=shown)
     if _all_stream(data, epochs):
         return build_streams(data, maker, quarantine, rank, world_size)
+    return _indexed(data, maker, quarantine, rank, world_size, epochs)
+
+
+def _indexed(
+    data: DataConfig, maker: Maker, quarantine: Quarantine, rank: int, world_size: int, epochs: int | None
+) -> PackLoader:
+    """The loader over indexes. A maker without a limit gives what no pack takes a pack of its own."""
     indexes = {name: open_source(name, source, data, maker) for name, source in sorted(data.sources.items())}
-    planner = build_planner(data, indexes, keep_too_long)
+    planner = build_planner(data, indexes, keep_too_long=maker.max_tokens is None)
     for name, index in indexes.items():
         bad = [dataclasses.replace(item, source=name) for item in index.bad()]
         quarantine.add(len(index) + len(bad), bad)
@@ -126,18 +133,8 @@ def eval_batches(
         raise ConfigError("data.eval_sources is empty: name at least one source")
     if streaming := [name for name, source in data.eval_sources.items() if source.streaming]:
         raise ConfigError(f"data.eval_sources.{streaming[0]}.streaming: held-out sources are read whole; unset it")
-    alone = {name: dataclasses.replace(s, weight=None, group="", epochs=None) for name, s in data.eval_sources.items()}
-    plain = dataclasses.replace(
-        data,
-        sources=alone,
-        groups={},
-        temperature=1.0,
-        order=Order.sequential,
-        packs_per_step=world_size * data.packs_per_forward,
-        augment=AugmentConfig(),
-    )
     loader = build_batches(
-        plain,
+        _once_through(data, world_size),
         tokenizer,
         rank=rank,
         world_size=world_size,
@@ -151,6 +148,20 @@ def eval_batches(
     )
     assert isinstance(loader, PackLoader)  # streams were refused above
     return loader
+
+
+def _once_through(data: DataConfig, world_size: int) -> DataConfig:
+    """The held-out sources as sources: in their order, each once, as they are."""
+    alone = {name: dataclasses.replace(s, weight=None, group="", epochs=None) for name, s in data.eval_sources.items()}
+    return dataclasses.replace(
+        data,
+        sources=alone,
+        groups={},
+        temperature=1.0,
+        order=Order.sequential,
+        packs_per_step=world_size * data.packs_per_forward,
+        augment=AugmentConfig(),
+    )
 
 
 def build_planner(data: DataConfig, indexes: Mapping[str, Index], keep_too_long: bool = False) -> Planner:

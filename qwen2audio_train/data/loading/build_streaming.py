@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from qwen2audio_train.config.data import DataConfig, LossWeighting, Order
 from qwen2audio_train.config.schema import ConfigError
@@ -35,18 +36,41 @@ tokens from 16 examples with a median of 250, 89 % from 64, 97 % from 256), more
 def build_streams(data: DataConfig, maker: Maker, quarantine: Quarantine, rank: int, world_size: int) -> StreamLoader:
     """The loader of one rank. Raises ConfigError for what needs an index."""
     _check(data)
-    corpora = {
-        name: open_corpus(name, source, remote_of(maker.recipe)) for name, source in sorted(data.sources.items())
-    }
-    for name, corpus in corpora.items():
-        check_first_columns(corpus, data.sources[name].columns, f"data.sources.{name}")
-    num_shards = {name: corpus.num_shards for name, corpus in corpora.items()}
+    readers = _open_readers(data, maker)
+    num_shards = {name: reader.corpus.num_shards for name, reader in readers.items()}
     chances = weighting_of(data, num_shards).probabilities(data.temperature)
-    readers = {name: ShardReader(corpus) for name, corpus in corpora.items()}
     sources = tuple(StreamSource(name, chances[name], num_shards[name], r.read) for name, r in readers.items())
+    tasks = {source.name: _first_task(source) for source in sources}
+    return StreamLoader(
+        _logical_streams(data, maker, sources),
+        partial(_make, maker),
+        collator_of(data, maker, are_preferences(tasks)),
+        _inputs(data, maker, readers, sources),
+        tasks,
+        quarantine,
+        rank=rank,
+        world_size=world_size,
+        packs_per_forward=data.packs_per_forward,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+    )
+
+
+def _open_readers(data: DataConfig, maker: Maker) -> dict[str, ShardReader]:
+    """The sources in the order of their names. Raises ConfigError for a column that a source does not have."""
+    readers: dict[str, ShardReader] = {}
+    for name, source in sorted(data.sources.items()):
+        corpus = open_corpus(name, source, remote_of(maker.recipe))
+        check_first_columns(corpus, source.columns, f"data.sources.{name}")
+        readers[name] = ShardReader(corpus)
+    return readers
+
+
+def _logical_streams(data: DataConfig, maker: Maker, sources: tuple[StreamSource, ...]) -> tuple[LogicalStream, ...]:
+    """A stream for every pack of a step, whatever the number of ranks: that is what lets another number resume."""
     limit = min(data.max_tokens_per_example or data.tokens_per_pack, data.tokens_per_pack)
     window = max(SMALLEST_WINDOW, data.window_examples // data.packs_per_step)
-    streams = tuple(
+    return tuple(
         LogicalStream(
             number,
             data.packs_per_step,
@@ -60,31 +84,28 @@ def build_streams(data: DataConfig, maker: Maker, quarantine: Quarantine, rank: 
         )
         for number in range(data.packs_per_step)
     )
-    inputs = {
-        **plan_inputs(
-            data.seed, data.tokens_per_pack, data.samples_per_pack, data.max_tokens_per_example, data.window_examples
-        ),
+
+
+def _inputs(
+    data: DataConfig, maker: Maker, readers: Mapping[str, ShardReader], sources: Sequence[StreamSource]
+) -> dict[str, Any]:
+    """What the order of the examples depends on; a state saved with other inputs does not resume in silence."""
+    shared = plan_inputs(
+        data.seed, data.tokens_per_pack, data.samples_per_pack, data.max_tokens_per_example, data.window_examples
+    )
+    return {
+        **shared,
         "packs_per_step": data.packs_per_step,
         "measured": text_hash(maker.measure_key),
         "sources": {
-            name: {"shards": reader.fingerprint, "number": num_shards[name], "probability": chances[name]}
-            for name, reader in readers.items()
+            source.name: {
+                "shards": readers[source.name].fingerprint,
+                "number": source.num_shards,
+                "probability": source.probability,
+            }
+            for source in sources
         },
     }
-    tasks = {source.name: _first_task(source) for source in sources}
-    return StreamLoader(
-        streams,
-        partial(_make, maker),
-        collator_of(data, maker, are_preferences(tasks)),
-        inputs,
-        tasks,
-        quarantine,
-        rank=rank,
-        world_size=world_size,
-        packs_per_forward=data.packs_per_forward,
-        num_workers=data.num_workers,
-        prefetch_factor=data.prefetch_factor,
-    )
 
 
 def _check(data: DataConfig) -> None:

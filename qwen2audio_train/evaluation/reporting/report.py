@@ -234,8 +234,21 @@ def _fact(name: str, text: str, right: bool = False) -> str:
 
 
 def _tables(summary: RunSummary) -> str:
+    rows = _score_rows(summary.stages)
+    names = [escape(STAGE_NAMES.get(stage.name, stage.name)) for stage in summary.stages]
+    header = ["source", "task", "language", "metric", *names, "n", "guessing", "published"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    scores = html_table(header, rows, numbers=range(4, 5 + len(names)))
+    caveats = "".join(f"<p>{escape(caveat)}</p>" for caveat in summary.caveats)
+    text = "Values with their 95 % intervals; guessing is chance and the most frequent answer of training."
+    return section("All numbers", text, scores + f'<div class="below">{caveats}</div>' + _times(summary.stages))
+
+
+def _score_rows(stages: Sequence[StageRecord]) -> list[list[str]]:
+    """A row of cells per score, with its value after every stage that has it."""
     keys: dict[tuple[str, ...], dict[str, MetricRecord]] = {}
-    for stage in summary.stages:
+    for stage in stages:
         for m in stage.metrics:
             keys.setdefault((m.source, m.task, m.language or "", m.kind, m.metric), {})[stage.name] = m
     rows = []
@@ -243,7 +256,7 @@ def _tables(summary: RunSummary) -> str:
         last = list(by_stage.values())[-1]
         guessing = [last.extra[name] for name in ("chance", "majority") if last.extra.get(name) is not None]
         values = []
-        for stage in summary.stages:
+        for stage in stages:
             found = by_stage.get(stage.name)
             values.append(f"{value_text(metric, found.value)} <small>{_interval(found)}</small>" if found else "")
         published = ", ".join(f"{escape(who)} {value_text(metric, x)}" for who, x in last.published.items())
@@ -251,30 +264,21 @@ def _tables(summary: RunSummary) -> str:
         head = [label, escape(task), escape(language), escape(NAMES.get(metric, metric))]
         guesses = " / ".join(value_text(metric, x) for x in guessing)
         rows.append([*head, *values, str(last.n), guesses, published])
-    names = [escape(STAGE_NAMES.get(stage.name, stage.name)) for stage in summary.stages]
-    header = ["source", "task", "language", "metric", *names, "n", "guessing", "published"]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    numbers = range(4, 5 + len(names))
-    caveats = "".join(f"<p>{escape(caveat)}</p>" for caveat in summary.caveats)
-    times = html_table(
-        ["stage", "steps", "training", "evaluation", "facts"],
+    return rows
+
+
+def _times(stages: Sequence[StageRecord]) -> str:
+    rows = [
         [
-            [
-                escape(STAGE_NAMES.get(stage.name, stage.name)),
-                str(stage.steps),
-                _duration(stage.wall_s),
-                _duration(stage.evaluate_s),
-                escape(", ".join(f"{name} {value}" for name, value in stage.facts.items())),
-            ]
-            for stage in summary.stages
-        ],
-        numbers=(1, 2, 3),
-    )
-    text = "Values with their 95 % intervals; guessing is chance and the most frequent answer of training."
-    return section(
-        "All numbers", text, html_table(header, rows, numbers) + f'<div class="below">{caveats}</div>' + times
-    )
+            escape(STAGE_NAMES.get(stage.name, stage.name)),
+            str(stage.steps),
+            _duration(stage.wall_s),
+            _duration(stage.evaluate_s),
+            escape(", ".join(f"{name} {value}" for name, value in stage.facts.items())),
+        ]
+        for stage in stages
+    ]
+    return html_table(["stage", "steps", "training", "evaluation", "facts"], rows, numbers=(1, 2, 3))
 
 
 def _title(metric: MetricRecord) -> str:

@@ -64,14 +64,8 @@ def preference_trainer(
             with one prompt per forward.
     """
     eval_maker = held_out(config, tokenizer)
-    reference = config.preference.reference
-    if reference is Reference.auto:
-        reference = Reference.adapter if is_peft_model(model) else Reference.frozen
+    reference = _reference(config, model)
     frozen = frozen_copy(config, model, tokenizer) if reference is Reference.frozen else None
-    if reference is Reference.cached and config.preference.objective is Objective.kto:
-        raise ConfigError("preference.reference=cached and preference.objective=kto: use reference=frozen or adapter")
-    if config.data.samples_per_pack == 1 and config.preference.objective is Objective.kto:
-        raise ConfigError("data.samples_per_pack=1 and preference.objective=kto: its KL term needs 2 prompts or more")
     cache = open_cache(config, arguments, model) if reference is Reference.cached else None
     probed = probes(config, tokenizer)
     options: dict[str, Any] = {
@@ -94,6 +88,23 @@ def preference_trainer(
     if cache is not None:
         fill_cache(trainer, cache, [every_training_pair(config, tokenizer, model), eval_maker])
     return trainer
+
+
+def _reference(config: StageConfig, model: Any) -> Reference:
+    """The reference that `auto` stands for, or the chosen one. Raises ConfigError where KTO cannot go with a choice."""
+    reference = config.preference.reference
+    if config.preference.objective is Objective.kto:
+        if reference is Reference.cached:
+            raise ConfigError(
+                "preference.reference=cached and preference.objective=kto: use reference=frozen or adapter"
+            )
+        if config.data.samples_per_pack == 1:
+            raise ConfigError(
+                "data.samples_per_pack=1 and preference.objective=kto: its KL term needs 2 prompts or more"
+            )
+    if reference is Reference.auto:
+        return Reference.adapter if is_peft_model(model) else Reference.frozen
+    return reference
 
 
 def frozen_copy(config: StageConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
