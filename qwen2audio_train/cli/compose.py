@@ -175,7 +175,8 @@ def readable(argument: str, schema: Any) -> str:
     if not key:
         raise ConfigError(f"{argument}: expected key=value")
     kind = type_at(schema, key)
-    if kind is str and value != "null" and value[:1] not in ("'", '"'):
+    is_entry = get_origin(type_at(schema, key.rpartition(".")[0])) is dict  # of a mapping, where null is a word as well
+    if kind is str and (is_entry or value != "null") and value[:1] not in ("'", '"'):
         return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
     try:
         OverridesParser.create().parse_override(argument)

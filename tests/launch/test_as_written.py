@@ -13,7 +13,7 @@ from qwen2audio_train.config.schema import ConfigError, StageConfig, load_config
 from qwen2audio_train.data.tools.convert import ConvertOptions
 from tests.launch.scripts import composed
 
-WORDS = ["no", "off", "on", "yes", "true", "007", "1e3", "1.50", "0x1F", "2024-01-01"]
+WORDS = ["no", "off", "on", "yes", "true", "007", "1e3", "1.50", "0x1F", "2024-01-01", "null"]
 
 
 @pytest.mark.parametrize("word", WORDS)

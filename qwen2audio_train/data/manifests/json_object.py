@@ -80,6 +80,8 @@ class Record:
         except UnicodeEncodeError:
             found = "half of a surrogate pair: a name or text that is not UTF-8"
             raise self.error(key, "valid Unicode text", found) from None
+        if "\0" in value:
+            raise self.error(key, "text", "a zero byte: is it a damaged file, or UTF-16?")
         if not is_visible(value):
             raise self.error(key, "text that can be seen", "spaces and invisible characters alone")
         return value

@@ -139,6 +139,7 @@ def test_examples_can_be_written_back_into_another_folder(record: dict[str, Any]
         (TASK | {"task": None}, "task", "expected one of asr"),
         (TASK | {"target": "  "}, "target", "non-empty text"),
         (TASK | {"target": "\ud800"}, "target", "surrogate"),
+        (TASK | {"target": "a\0b"}, "target", "a zero byte"),
         (TASK | {"target": 5}, "target", "non-empty text, found 5"),
         (TASK | {"id": ""}, "id", "non-empty text"),
         (
