@@ -188,8 +188,8 @@ def check_export(
 ) -> list[tuple[str, str | None, str]]:
     """Examples that the exported model and our own path answer differently: (id, ours, the stock classes').
 
-    Of a clip over 30 s both hear the first 30 s, which is all that the stock processor takes. In float32 there are none;
-    in bfloat16 a few are, since the sums are rounded in another order.
+    Of a clip over 30 s both hear the first 30 s, which is all that the stock processor takes. In float32 there are
+    none; in bfloat16 a few are, since the sums are rounded in another order.
     """
     prompts = LazySamples([as_heard(e, recipe) for e in examples], tokenizer, recipe, for_generation=True)
     ours = generate_texts(model, tokenizer, prompts, decoding, prompts.lengths)

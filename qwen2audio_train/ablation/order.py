@@ -30,7 +30,7 @@ def data_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def order_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+def order_of(first: Mapping[str, object], second: Mapping[str, object]) -> str:
     """How the order of two data states compares, in words.
 
     The draws follow from seed, order, and the content, size and probability of every source. Lengths in tokens (the

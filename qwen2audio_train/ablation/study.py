@@ -107,7 +107,7 @@ def recipe_of(
     return replace(baseline, run_dir=run_dir(config, overlay, seed), seed=seed, stages=stages)
 
 
-def overrides_of(keys: Mapping[str, Any], path: str = "") -> list[str]:
+def overrides_of(keys: Mapping[str, object], path: str = "") -> list[str]:
     """Nested keys as overrides of a command line: {a: {b: [1]}} is ["a.b=[1]"]."""
     return [
         override

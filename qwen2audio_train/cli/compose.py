@@ -145,7 +145,7 @@ def as_argument(argument: str, before: str, schema: type[Schema]) -> str:
     return as_override(argument, None if SWEEP & set(sys.argv) else schema)
 
 
-def as_override(argument: str, schema: Any) -> str:
+def as_override(argument: str, schema: object) -> str:
     """Let `key=value` reach the schema, whose refusal names the nearest right key; check the choice of a group here.
 
     Without a schema commas separate the values of several runs, and no value is quoted.
@@ -165,7 +165,7 @@ def as_override(argument: str, schema: Any) -> str:
     return f"++{readable(argument, schema)}"
 
 
-def readable(argument: str, schema: Any) -> str:
+def readable(argument: str, schema: object) -> str:
     """`key=value` as Hydra's grammar reads it: the value of a key that holds text is quoted, and so stays as it is.
 
     Raises:

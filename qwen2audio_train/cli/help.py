@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from qwen2audio_train.config.keys import keys_of
 
 WIDTH = 110
 
 
-def script_help(story: str | None, schema: Any) -> str:
+def script_help(story: str | None, schema: object) -> str:
     """The story of a script without a recipe, and its keys."""
     return f"{story or ''}\n{key_list(schema)}"
 
 
-def recipe_help(story: str | None, schema: Any, recipes: Path, root: str) -> str:
+def recipe_help(story: str | None, schema: object, recipes: Path, root: str) -> str:
     """The story of a script with a recipe, the choices of its groups, and its keys."""
     named = (recipes / f"{root}.yaml").read_text(encoding="utf-8")
     groups = {path.name: sorted(p.stem for p in path.glob("*.yaml")) for path in recipes.iterdir() if path.is_dir()}
@@ -26,7 +25,7 @@ def recipe_help(story: str | None, schema: Any, recipes: Path, root: str) -> str
     return f"{story or ''}\n{defaults}\n\n{files}\n{key_list(schema)}"
 
 
-def key_list(schema: Any) -> str:
+def key_list(schema: object) -> str:
     """All keys of a schema, one below the other."""
     lines = ["Keys (key=value):"]
     for key in keys_of(schema):

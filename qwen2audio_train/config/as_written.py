@@ -20,7 +20,7 @@ REINTERPRETED = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int"
 NULLS = ("null", "Null", "NULL")
 
 
-def load_yaml(text: str, schema: Any) -> Any:
+def load_yaml(text: str, schema: object) -> Any:
     """The plain containers of a YAML document, its scalars as `schema` (a type) wants them. Raises yaml.YAMLError."""
     loader = get_yaml_loader()(text)
     try:
@@ -33,7 +33,7 @@ def load_yaml(text: str, schema: Any) -> Any:
         loader.dispose()
 
 
-def _below(schema: Any, key: str) -> Any:
+def _below(schema: object, key: str) -> Any:
     """The type of what a container of a type holds under a key; None where the schema does not say."""
     schema = inner_type(schema)
     if dataclasses.is_dataclass(schema):
@@ -41,17 +41,17 @@ def _below(schema: Any, key: str) -> Any:
     return get_args(schema)[-1] if get_origin(schema) in (dict, list) else None
 
 
-def _is_text(schema: Any) -> bool:
+def _is_text(schema: object) -> bool:
     """Whether a type is text, or a choice among words."""
     schema = inner_type(schema)
     return isinstance(schema, type) and issubclass(schema, str | Enum)
 
 
-def _is_optional(schema: Any) -> bool:
+def _is_optional(schema: object) -> bool:
     return type(None) in get_args(schema)
 
 
-def _keep_text(node: yaml.Node, schema: Any) -> None:
+def _keep_text(node: yaml.Node, schema: object) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.tag in REINTERPRETED or key.value in NULLS:

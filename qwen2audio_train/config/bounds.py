@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 SECRET = re.compile(r"\$\{oc\.env:[^}]*(?:\$|KEY|TOKEN|SECRET|PASSW|CREDENTIAL)[^}]*", re.IGNORECASE)
 
 
-def secrets(value: Any, key: str = "") -> Iterator[str]:
+def secrets(value: object, key: str = "") -> Iterator[str]:
     """What is wrong with values that would copy a secret of the environment into every file that holds the recipe."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -51,14 +51,14 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f"known here: {', '.join(names)}"
 
 
-def no_choice(key: str, value: Any, choices: Iterable[str]) -> str:
+def no_choice(key: str, value: object, choices: Iterable[str]) -> str:
     known = set(choices)
     if value is False and known & {"no", "off"}:
         return f"{key}: YAML reads a bare no or off as false; put it in quotes"
     return f"{key}: {value!r} is no choice; {nearest(str(value), known)}"
 
 
-def misfits(node: Any, schema: Any, path: str = "") -> Iterator[str]:
+def misfits(node: object, schema: object, path: str = "") -> Iterator[str]:
     """Walk plain containers beside their schema and describe every unknown key, wrong container and unknown choice.
 
     Interpolations and missing values are left to OmegaConf.
@@ -91,7 +91,7 @@ def misfits(node: Any, schema: Any, path: str = "") -> Iterator[str]:
         yield no_choice(key, node, schema.__members__)
 
 
-def missing(node: Any, path: str = "") -> Iterator[str]:
+def missing(node: object, path: str = "") -> Iterator[str]:
     """Describe every mandatory value of a plain container that was not given."""
     if isinstance(node, dict):
         for name, value in node.items():
@@ -101,7 +101,7 @@ def missing(node: Any, path: str = "") -> Iterator[str]:
         yield f"{key}: no value was given, and it has no default; set {key}=..."
 
 
-def inner_type(schema: Any) -> Any:
+def inner_type(schema: object) -> Any:
     """`X` of `X | None`."""
     options = [option for option in get_args(schema) if option is not type(None)]
     return options[0] if len(options) == 1 and get_origin(schema) not in (dict, list) else schema
@@ -132,7 +132,7 @@ def _out_of_range(value: Any, key: str, demands: Mapping[str, Any]) -> Iterator[
             yield f"{key}: {number} is too large; expected {most} or less"
 
 
-def too_small(key: str, number: Any, least: float | None) -> Iterator[str]:
+def too_small(key: str, number: object, least: float | None) -> Iterator[str]:
     """A message when `number` is below `least`; nothing where there is no bound or no number."""
     if least is not None and isinstance(number, (int, float)) and not number >= least:
         yield f"{key}: {number} is too small; expected {least} or more"

@@ -15,7 +15,7 @@ _ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true | false"}
 
 
-def type_at(schema: Any, key: str) -> Any:
+def type_at(schema: object, key: str) -> Any:
     """Type of a dotted key (`X` of `X | None`), or None where the schema has no such key or leaves it open."""
     found = inner_type(schema)
     for name in key.split("."):
@@ -53,7 +53,7 @@ def keys_of(schema: Any, prefix: str = "") -> Iterator[Key]:
             yield from keys_of(kind, f"{name}.")
 
 
-def meanings(schema: Any) -> dict[str, str]:
+def meanings(schema: object) -> dict[str, str]:
     """Field -> its entry in the section `Attributes:`, where several fields may share one."""
     section = (inspect.getdoc(schema) or "").partition("\nAttributes:\n")[2]
     found: dict[str, str] = {}

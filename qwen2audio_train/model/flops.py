@@ -9,12 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from transformers import PreTrainedConfig
 
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.families.known import DEFAULT, family_of
+
+
+class EncoderShape(Protocol):
+    """What plans read of the encoder's config, under Whisper's names."""
+
+    num_mel_bins: int
+    d_model: int
+    encoder_layers: int
+    encoder_ffn_dim: int
+
+
+class DecoderShape(Protocol):
+    """What plans read of the language model's config, under Qwen2's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
 
 ORDER = ("audio_tower", "multi_modal_projector", "language_model", "lm_head")
 """The parts that compute, in the order of the forward pass."""
@@ -68,7 +89,7 @@ def packed_load(clip_frames: Sequence[int], segment_lengths: Sequence[int], labe
     return Load(tuple(clip_frames), sum(segment_lengths), pairs, labels)
 
 
-def encoder_flops(audio: Any, frames: int, family: Family = DEFAULT) -> int:
+def encoder_flops(audio: EncoderShape, frames: int, family: Family = DEFAULT) -> int:
     """Forward operations of the audio tower on one clip of `frames` mel frames.
 
     Args:
@@ -81,7 +102,7 @@ def encoder_flops(audio: Any, frames: int, family: Family = DEFAULT) -> int:
     return int(convolutions + audio.encoder_layers * (linear + attention))
 
 
-def token_flops(text: Any) -> int:
+def token_flops(text: DecoderShape) -> int:
     """Forward operations of the language model's linear layers on one token, the LM head not among them.
 
     Args:
@@ -92,15 +113,15 @@ def token_flops(text: Any) -> int:
     return int(text.num_hidden_layers * 2 * (2 * d * queries + 2 * d * keys + 3 * d * text.intermediate_size))
 
 
-def head_dim(text: Any) -> int:
+def head_dim(text: DecoderShape) -> int:
     """Width of an attention head of the language model."""
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def forward_flops(config: PreTrainedConfig, load: Load) -> dict[str, int]:
     """Forward operations of each part on a packed load: clips at their length, labels alone at the head."""
-    audio: Any = config.audio_config
-    text: Any = config.text_config
+    audio: EncoderShape = config.audio_config
+    text: DecoderShape = config.text_config
     family = family_of(config.model_type)
     audio_tokens = sum(family.num_audio_tokens(f) for f in load.clip_frames)
     per_pair = 4 * text.num_attention_heads * head_dim(text) * text.num_hidden_layers

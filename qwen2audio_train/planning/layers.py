@@ -6,9 +6,8 @@ The tensors are those that autograd keeps of transformers' layers with flash att
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from qwen2audio_train.model.flops import head_dim
+from qwen2audio_train.model.flops import DecoderShape, EncoderShape, head_dim
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Layer:
         return total
 
 
-def encoder_layer(audio: Any, precision: str) -> Layer:
+def encoder_layer(audio: EncoderShape, precision: str) -> Layer:
     """An encoder layer; attention's output is laid out anew for the layer that reads it."""
     d, f = audio.d_model, audio.encoder_ffn_dim
     stream = PRECISIONS[precision].stream
@@ -104,7 +103,7 @@ def encoder_layer(audio: Any, precision: str) -> Layer:
     )
 
 
-def decoder_layer(text: Any) -> Layer:
+def decoder_layer(text: DecoderShape) -> Layer:
     """A decoder layer, whose norms compute in float32 always; inside are gate, activation and up too."""
     d, f, width = text.hidden_size, text.intermediate_size, head_dim(text)
     queries, keys = text.num_attention_heads * width, text.num_key_value_heads * width
@@ -113,12 +112,12 @@ def decoder_layer(text: Any) -> Layer:
     return Layer(d, 4, rms=True, inside=inside, readers=5, others=f, inputs=read, outputs=given, linears=7)
 
 
-def encoder_product_bytes(audio: Any, precision: str = "bfloat16") -> int:
+def encoder_product_bytes(audio: EncoderShape, precision: str = "bfloat16") -> int:
     """Bytes of what the products and the attention of one encoder layer give for one frame."""
     return int(PRECISIONS[precision].matmul * (6 * audio.d_model + audio.encoder_ffn_dim))
 
 
-def decoder_product_bytes(text: Any, precision: str = "bfloat16") -> int:
+def decoder_product_bytes(text: DecoderShape, precision: str = "bfloat16") -> int:
     """Bytes of what the products and the attention of one decoder layer give for one token."""
     heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * head_dim(text)
     return int(PRECISIONS[precision].matmul * (heads + 2 * text.hidden_size + 2 * text.intermediate_size))

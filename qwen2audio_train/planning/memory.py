@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedConfig
 
 from qwen2audio_train.families.known import family_of
-from qwen2audio_train.model.flops import Load
+from qwen2audio_train.model.flops import DecoderShape, EncoderShape, Load
 from qwen2audio_train.model.loss import chunk_rows
 from qwen2audio_train.planning.layers import (
     PRECISIONS,
@@ -166,7 +165,7 @@ def activation_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> 
 
 def _tower_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> tuple[float, float]:
     """Bytes that the tower keeps, none where no gradient reaches it, and those of one layer that is recomputed."""
-    audio: Any = config.audio_config
+    audio: EncoderShape = config.audio_config
     if not trained.gradients_reach("audio_tower"):
         return 0, 0
     precision, family = trained.precision, family_of(config.model_type)
@@ -181,7 +180,7 @@ def _tower_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> tupl
 
 def _language_model_bytes(config: PreTrainedConfig, load: Load, trained: Trained) -> float:
     """Bytes that the language model keeps, with the embeddings into which audio is merged."""
-    text: Any = config.text_config
+    text: DecoderShape = config.text_config
     stream, family = PRECISIONS[trained.precision].stream, family_of(config.model_type)
     whole = load.tokens * _layer_bytes(decoder_layer(text), "language_model", trained)
     recomputed = "language_model" in trained.checkpointed
@@ -196,7 +195,7 @@ def _layer_bytes(layer: Layer, part: str, trained: Trained) -> int:
     return layer.kept(trained.precision, trained=part in trained.parts, adapter=adapter)
 
 
-def convolution_bytes(audio: Any, frames: int, precision: str = "bfloat16") -> int:
+def convolution_bytes(audio: EncoderShape, frames: int, precision: str = "bfloat16") -> int:
     """Bytes that both convolutions keep of `frames` mel frames: inputs and what the activations need."""
     values = audio.num_mel_bins + 2 * audio.d_model + audio.d_model // 2
     return int(frames * PRECISIONS[precision].matmul * values)
@@ -207,7 +206,7 @@ def head_bytes(config: PreTrainedConfig, labels: int, *, trained: bool, precisio
 
     That of the head is summed in float32.
     """
-    text: Any = config.text_config
+    text: DecoderShape = config.text_config
     matmul = PRECISIONS[precision].matmul
     rows = min(labels, chunk_rows(text.vocab_size))
     chunk = rows * text.vocab_size * (4 if matmul == 4 else 4 + 2 * matmul)

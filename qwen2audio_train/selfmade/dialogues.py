@@ -41,7 +41,7 @@ def _messages(turns: Sequence[Turn], durations: Any, *, answered: bool) -> list[
     return messages if answered else messages[:-1]
 
 
-def _chat_line(name: str, source: str, mode: str, kind: str, turns: Sequence[Turn], durations: Any) -> Line:
+def _chat_line(name: str, source: str, mode: str, kind: str, turns: Sequence[Turn], durations: object) -> Line:
     clips = [clip for turn in turns for clip in turn[0]]
     return {
         "id": name,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 def uniform(*key: object) -> float:
@@ -22,9 +24,11 @@ def generator(*key: object) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-def balanced(items: Sequence[Any], key: Callable[[Any], Hashable], count: int, rng: np.random.Generator) -> list[Any]:
+def balanced(
+    items: Sequence[Item], key: Callable[[Item], Hashable], count: int, rng: np.random.Generator
+) -> list[Item]:
     """`count` items, every value of `key` as often as the others; items come again where there are too few."""
-    groups: dict[Hashable, list[Any]] = {}
+    groups: dict[Hashable, list[Item]] = {}
     for index in rng.permutation(len(items)):
         groups.setdefault(key(items[index]), []).append(items[index])
     turns = [itertools.cycle(groups[name]) for name in sorted(groups, key=str)]

@@ -75,7 +75,7 @@ def _raw(text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> tupl
     """int16 samples and their sampling rate."""
     chunks: list[np.ndarray] = []
 
-    def receive(samples: Any, count: int, _events: Any) -> int:
+    def receive(samples: object, count: int, _events: object) -> int:
         if count > 0:
             chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0

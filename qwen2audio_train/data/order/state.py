@@ -61,7 +61,7 @@ def restore(
     raise other_data(fixed or changed, weaker)
 
 
-def changed_inputs(state: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+def changed_inputs(state: Mapping[str, object], inputs: Mapping[str, object]) -> list[str]:
     """What differs between the inputs of a saved state and those of now, one line each.
 
     Raises:
@@ -86,11 +86,11 @@ def inputs_of(planner: Planner, packs_per_step: int) -> dict[str, Any]:
     return {**planner.inputs(), "packs_per_step": packs_per_step}
 
 
-def plan_hash(inputs: Mapping[str, Any]) -> str:
+def plan_hash(inputs: Mapping[str, object]) -> str:
     return hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def differences(then: Any, now: Any, path: str = "") -> list[str]:
+def differences(then: object, now: object, path: str = "") -> list[str]:
     """What differs between two nested dicts, one line per leaf."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [*then, *(key for key in now if key not in then)]
@@ -99,7 +99,7 @@ def differences(then: Any, now: Any, path: str = "") -> list[str]:
     return [] if then == now else [f"{path}: {then!r} when saved, {now!r} now"]
 
 
-def _started(planner: Planner, draws: tuple[int, ...], carried: Any) -> Planner:
+def _started(planner: Planner, draws: tuple[int, ...], carried: object) -> Planner:
     rows = np.array(carried, dtype=np.int64).reshape(-1, 3)
     return dataclasses.replace(planner, mixture=dataclasses.replace(planner.mixture, first_draw=draws), carried=rows)
 
