@@ -110,6 +110,21 @@ def test_the_loss_is_what_it_is_said_to_be(weighting: str, noise: Path, tmp_path
     assert figures == pytest.approx((direct.item(), norm.item()), rel=TOLERANCE)
 
 
+def test_weights_of_labels_stay_float32_in_bfloat16(noise: Path, tmp_path: Path) -> None:
+    """The step's loss is the mean with the loader's own weights; with weights in bfloat16 it would be another one."""
+    config = whole_epoch(noise, tmp_path, "data.loss_weighting=sample", "trainer.bf16=true")
+    batches = islice(build_trainer(config).get_train_dataloader(), config.data.packs_per_step)
+    weight = torch.cat([batch["weight"] for batch in batches])
+    trainer, found = build_trainer(config), []
+    unwrap(trainer.model).register_forward_hook(lambda module, given, output: found.append(output.nll))
+    trainer.train()
+    nll, rounded = torch.cat(found).double(), weight.bfloat16()
+    means = [float((nll * w.double()).sum() / weight.double().sum()) for w in (weight, rounded)]
+    ((loss,),) = logged(config, "loss")
+    assert loss == pytest.approx(means[0], rel=1e-6)
+    assert loss != pytest.approx(means[1], rel=1e-5)
+
+
 def test_losses_of_the_sources_add_up(noise: Path, tmp_path: Path) -> None:
     config = whole_epoch(noise, tmp_path)
     run(config)
