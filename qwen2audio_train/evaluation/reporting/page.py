@@ -16,12 +16,13 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 1240px; margin: 0 auto; padding: 40px 28px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 44px 0 4px; letter-spacing: -0.005em; }
-h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
+h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 0 0 14px; color: var(--soft); max-width: 110ch; }
 .tiles, .cards { display: grid; gap: 14px; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); margin: 26px 0 0; }
 .cards { grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); margin: 0 0 14px; }
 .tile, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px 16px; }
+.card + .card { margin-top: 14px; } .cards > .card { margin-top: 0; }
 .tile b { display: block; font-size: 23px; line-height: 1.25; font-weight: 650; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .tile span, .note { color: var(--soft); font-size: 13px; }
@@ -52,6 +53,7 @@ th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); white-sp
 td.part { padding-left: 16px; color: var(--soft); }
 td.number, th.number { text-align: right; }
 .below { margin: 12px 0 26px; } .below p { margin: 0; font-size: 13.5px; }
+td .wrap { white-space: normal; font-size: 12px; line-height: 1.35; }
 td small { color: var(--soft); font-size: 12px; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px; overflow-x: auto;

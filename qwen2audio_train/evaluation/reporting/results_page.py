@@ -23,6 +23,10 @@ from qwen2audio_train.layout import SAMPLING_RATE
 
 Key = tuple[str, str, str | None, str, str]
 
+ERRORS = ("wer", "cer")
+ACCURACIES = ("accuracy", "label_accuracy")
+"""Metrics that are drawn with their intervals; all are in the table."""
+
 AUDIO_S = 15.0
 """So much of a clip is embedded: 15 s of Ogg Vorbis are some 120 kB."""
 
@@ -82,18 +86,23 @@ def _numbers(results: Sequence[Result]) -> str:
             for who, theirs in last.published.items()
         )
         label = f"\u2003{escape(kind)}" if kind else escape(source)
-        head = [label, escape(task), escape(language or ""), escape(NAMES.get(metric, metric))]
-        tail = [str(last.score.n), escape(extra_text(last.score)), published, *map(escape, stamps_of(found))]
-        body.append([*head, *values, *tail])
-    header = ["source", "task", "language", "metric", *(escape(r.name) for r in results)]
+        what = escape(" ".join(filter(None, (task, language))))
+        head = [f"{label}<br><small>{what}</small>", escape(NAMES.get(metric, metric))]
+        tail = [escape(extra_text(last.score)), published, "<br>".join(map(escape, stamps_of(found)))]
+        body.append([*head, *values, str(last.score.n), *map(_wrapped, tail)])
+    header = ["source", "metric", *(escape(r.name) for r in results)]
     text = (
         "Values with 95 % intervals; beside them chance, majority and other recipes, and published figures with the "
         "difference of the last column's value from them."
     )
     table = html_table(
-        [*header, "n", "beside it", "published", "scored by", "asked by"], body, range(4, 5 + len(results))
+        [*header, "n", "beside it", "published", "scored and asked by"], body, range(2, 3 + len(results))
     )
     return section("All numbers", text, table)
+
+
+def _wrapped(cell: str) -> str:
+    return f'<span class="wrap">{cell}</span>'
 
 
 def _intervals(results: Sequence[Result]) -> str:
@@ -101,7 +110,7 @@ def _intervals(results: Sequence[Result]) -> str:
     for is_error, title in ((True, "Error rates"), (False, "Accuracies")):
         rows = []
         for (source, _, language, kind, metric), found in joined(results).items():
-            if kind or metric not in PERCENT or (metric == "accuracy") == is_error:
+            if kind or metric not in (ERRORS if is_error else ACCURACIES):
                 continue
             dots = [
                 _dot(row.score, place, results[place].name)
@@ -109,11 +118,14 @@ def _intervals(results: Sequence[Result]) -> str:
                 if row is not None and math.isfinite(row.score.value)
             ]
             if dots:
-                rows.append(DotRow(" ".join(filter(None, (source, language))), dots, _marks(found)))
+                beside = "by likelihood" if metric == "label_accuracy" else None
+                rows.append(DotRow(" ".join(filter(None, (source, language, beside))), dots, _marks(found)))
         if rows:
             top = max(dot.high or dot.value for row in rows for dot in row.dots)
             chart = dot_chart(rows, x_max=min(1.2, max(0.1, 1.04 * top)) if is_error else 1.0)
-            drawn.append(card(title, legend([result.name for result in results]) + chart))
+            shown = {dot.colour for row in rows for dot in row.dots}
+            names = [result.name if place in shown else "" for place, result in enumerate(results)]
+            drawn.append(card(title, legend(names, "chance, majority, published") + chart))
     return section("Intervals", "In percent, with 95 % intervals.", "".join(drawn)) if drawn else ""
 
 
@@ -176,7 +188,8 @@ def _example(source: str, utterance: Utterance) -> str:
     facts = [("asked", item.question), ("reference", item.reference), ("answer", utterance.text)]
     lines = "".join(f"<dt>{name}</dt><dd>{escape(text) or '–'}</dd>" for name, text in facts if text is not None)
     heard = "".join(_players(utterance))
-    return card(f"{source}: {item.id}", f"{heard}<dl>{lines}</dl>")
+    name = item.id if item.id.startswith(source) else f"{source}: {item.id}"
+    return card(name, f"{heard}<dl>{lines}</dl>")
 
 
 def _players(utterance: Utterance) -> Iterator[str]:
@@ -197,7 +210,7 @@ def _players(utterance: Utterance) -> Iterator[str]:
 
 def _settings(results: Sequence[Result]) -> str:
     rows = [
-        [escape(result.name), escape(", ".join(f"{key} {value}" for key, value in result.settings.items()))]
+        [escape(result.name), _wrapped(escape(", ".join(f"{key} {value}" for key, value in result.settings.items())))]
         for result in results
     ]
     caveats = [f"<p>{escape(f'{result.name}: {caveat}')}</p>" for result in results for caveat in result.caveats]
