@@ -255,11 +255,13 @@ def hub_id(path: str) -> str:
         ConfigError: it looks like a folder's, or its first part is a folder here: better now than after a minute of
             asking the hub for it.
     """
+    if Path(path).is_file():
+        raise ConfigError(f"{path}: is a file; expected a folder of weights, a run folder or a hub id (owner/name)")
     owner, _, name = path.partition("/")
     if path.startswith((".", "/", "~")) or not name or "/" in name:
         raise ConfigError(f"{path}: no such folder, and not a hub id (owner/name); looked in {Path.cwd()}")
     if Path(owner).is_dir():
         there = [entry.name for entry in Path(owner).iterdir() if entry.is_dir()]
-        hint = nearest(name, there, f"{owner}/") if there else "it is empty"
+        hint = nearest(name, there, f"{owner}/") if there else "it holds no folders"
         raise ConfigError(f"no folder {path} here, and {owner}/ is a folder, so it is no hub id; {hint}")
     return path

@@ -127,12 +127,14 @@ def test_damaged_weights_are_not_scored(home: Path) -> None:
         ("runs/bsae", r"no folder runs/bsae here, and runs/ is a folder, so it is no hub id; did you mean runs/base\?"),
         ("exported", r"exported: no such folder, and not a hub id"),
         ("runs/base/checkpoint-9", "no such folder, and not a hub id"),
+        ("runs/m.jsonl", r"runs/m\.jsonl: is a file; expected a folder of weights"),
     ],
 )
 def test_a_misspelt_folder_is_not_asked_of_the_hub(
     path: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "runs" / "base").mkdir(parents=True)
+    (tmp_path / "runs" / "m.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=says):
         weights_folder(path)
