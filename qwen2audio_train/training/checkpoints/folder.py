@@ -167,6 +167,8 @@ def set_damaged_aside(run_dir: Path) -> list[str]:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             notes[-1] += f"; it is {aside.name} now"
+    else:
+        notes += ["no checkpoint is whole: starting from step 0"] if notes else []
     return notes
 
 
