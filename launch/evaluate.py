@@ -53,7 +53,13 @@ def main(config: EvaluateConfig) -> None:
     asked: dict[str, Any] = {"decoding": decoding, "label_likelihood": config.label_likelihood, **drawn}
     asked["keep_in"] = config.output_dir
     result = evaluate(model, tokenizer, examples, samples, train_examples=seen, **asked)
-    result = replace(result, caveats=(*loaded.caveats, *result.caveats))
+    rows = list(result.rows)
+    for heard in ("silence", "swapped") if config.listening else ():
+        deaf = evaluate(model, tokenizer, examples, samples, **{**asked, "audio": heard, "label_likelihood": False})
+        rows += [replace(row, kind=heard, published={}) for row in deaf.rows if not row.kind]
+    sources = list(dict.fromkeys(row.source for row in rows))
+    rows.sort(key=lambda row: sources.index(row.source))
+    result = replace(result, rows=tuple(rows), caveats=(*loaded.caveats, *result.caveats))
     pairs: dict[str, PairScores] = {}
     if config.pairs:
         preferences: Any = some_of_each(read_manifest(config.pairs), config.max_examples)

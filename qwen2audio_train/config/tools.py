@@ -29,6 +29,7 @@ class EvaluateConfig:
         num_threads: CPU threads of each rank; 0 leaves torch's choice.
         bootstrap_samples: resamples behind each confidence interval.
         label_likelihood: score closed sets also by which of their answers is the likeliest.
+        listening: ask everything again under silence and under another example's clip, as further rows of the table.
         sample, dtype: fields of the checkpoint's `SampleRecipe`, and the type of its weights, where they are to differ.
     """
 
@@ -44,6 +45,7 @@ class EvaluateConfig:
     num_threads: int = at_least(0, 0)
     bootstrap_samples: int = at_least(1, 1000)
     label_likelihood: bool = False
+    listening: bool = False
     sample: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype | None = None
 
