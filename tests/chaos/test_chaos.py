@@ -12,6 +12,7 @@ import pytest
 
 from tests.chaos.faults import KINDS, draw
 from tests.chaos.fuzz import Audit, fuzz
+from tests.chaos.hosts import CANNOT
 from tests.distributed.ranks import ROOT
 from tests.noise import write_noise
 
@@ -35,6 +36,19 @@ def test_disturbed_runs_end_as_undisturbed_ones() -> None:
     assert (found["lost"], found["repeated"], found["hung"], found["weights_equal"]) == (0, 0, 0, True)
     assert sum(found["faults"].values()) >= 4
     assert len(found["faults"]) >= 3
+
+
+@pytest.mark.slow
+def test_a_line_that_is_cut_between_two_hosts_is_noticed_and_costs_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos.hosts"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode == CANNOT:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights_equal"]
+    assert 0 < found["noticed_s"] < found["limit_s"]
 
 
 def test_damaged_inputs_are_refused_in_words(tmp_path: Path) -> None:
