@@ -101,16 +101,19 @@ def ours(folder: Path, skips: Sequence[int]) -> Start:
     return _start_ours(folder, SourceConfig([str(folder / "manifest.jsonl")]), skips)
 
 
+def ours_no_deadline(folder: Path, skips: Sequence[int]) -> Start:
+    return _start_ours(folder, SourceConfig([str(folder / "manifest.jsonl")]), skips, decode_timeout_s=None)
+
+
 def ours_streaming(folder: Path, skips: Sequence[int]) -> Start:
     constants = {"task": "asr", "language": "en"}
     return _start_ours(folder, SourceConfig([str(folder / "*.tar")], constants=constants, streaming=True), skips)
 
 
-def _start_ours(folder: Path, source: SourceConfig, skips: Sequence[int]) -> Start:
+def _start_ours(folder: Path, source: SourceConfig, skips: Sequence[int], **more: Any) -> Start:
     """One pack of `BATCH` samples is a step, and a batch."""
-    data = DataConfig(
-        {"s": source}, samples_per_pack=BATCH, packs_per_step=1, num_workers=0, cache_dir=str(folder / "cache")
-    )
+    steps: dict[str, Any] = {"samples_per_pack": BATCH, "packs_per_step": 1, "num_workers": 0}
+    data = DataConfig({"s": source}, **steps, cache_dir=str(folder / "cache"), **more)
 
     def loader() -> BatchLoader[Any]:
         return build_batches(data, tokenizer())
@@ -237,5 +240,8 @@ def lhotse(folder: Path, skips: Sequence[int]) -> Start:
     return start
 
 
-WAYS = {way.__name__: way for way in (ours, ours_streaming, stock_by_clip, stock_processor, webdataset, lhotse)}
+WAYS = {
+    way.__name__: way
+    for way in (ours, ours_no_deadline, ours_streaming, stock_by_clip, stock_processor, webdataset, lhotse)
+}
 STOCK = ("stock_by_clip", "stock_processor")
