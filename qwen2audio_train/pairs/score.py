@@ -58,13 +58,14 @@ def exact_score(question: Question, answers: Sequence[str]) -> list[float]:
 
 def auto_score(question: Question, answers: Sequence[str]) -> list[float]:
     """The score that goes with the question's task."""
-    if question.task is None or question.task in OPEN_TASKS or TASK_METRICS.get(question.task) == "timestamps":
+    matching = SCORERS.get(TASK_METRICS.get(question.task or "", "exact"))
+    if question.task is None or question.task in OPEN_TASKS or matching is None:
         known = question.task or "none; give meta.task"
         raise ScoreError(
             f'question "{question.id}": the score auto needs a task with one right answer, found {known}; or take '
             "error_rate, bleu, exact or file.py:function (for pairs also judge)"
         )
-    return SCORERS[TASK_METRICS.get(question.task, "exact")](question, answers)
+    return matching(question, answers)
 
 
 def choice_score(question: Question, answers: Sequence[str]) -> list[float]:

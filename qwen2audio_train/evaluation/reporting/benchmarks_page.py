@@ -25,6 +25,10 @@ HOW: dict[Metric, str] = {
     "hallucination": "share of recordings without speech that are answered with words",
     "captions": "CIDEr-D against all captions of a clip, by pycocoevalcap; ROUGE-L, BLEU-4, METEOR, SPICE, SPIDEr too",
     "map": "mean average precision over the classes, named classes as 1, others as 0",
+    "slot_f1": "F1 over pairs of name and value, both normalised, over the corpus (SLURP's entity F1)",
+    "event_f1": "F1 over events with the right label, start within 0.2 s, end within 0.2 s or half of the length",
+    "span_iou": "mean over the recordings of seconds in both over seconds in either",
+    "diarization_error_rate": "missed, false and wrongly attributed seconds of speech over those there are; no collar",
     "timestamps": "AAS: shifts of start and end added, in ms, over the words that both texts have",
 }
 

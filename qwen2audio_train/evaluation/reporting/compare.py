@@ -13,6 +13,7 @@ from qwen2audio_train.evaluation.scoring.bootstrap import Difference, paired_dif
 from qwen2audio_train.evaluation.scoring.items import Item
 from qwen2audio_train.evaluation.scoring.normalise import PER_CHARACTER
 from qwen2audio_train.evaluation.scoring.score import counts_of, grouped, stamp_of
+from qwen2audio_train.evaluation.scoring.spans import COUNTS
 from qwen2audio_train.evaluation.scoring.table import NAMES, PERCENT, aligned
 
 Texts = Mapping[tuple[str, str], tuple[Item, str]]
@@ -143,7 +144,9 @@ def comparison_table(compared: Compared) -> str:
 def _name(metric: str, language: str | None) -> str:
     if metric == "error_rate":
         return "cer" if language in PER_CHARACTER else "wer"
-    return {"hallucination": "hallucination", "timestamps": "aas_ms"}.get(metric, "accuracy")
+    if metric == "hallucination" or metric in COUNTS:
+        return metric
+    return "aas_ms" if metric == "timestamps" else "accuracy"
 
 
 def _texts(folder: Path) -> Texts:

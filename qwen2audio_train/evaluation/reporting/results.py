@@ -98,7 +98,7 @@ def _utterances(path: Path) -> dict[tuple[str, str, str | None], tuple[Utterance
         counted = counts_of(metric, items, texts)
         if counted is None:
             continue
-        is_rate = metric in ("error_rate", "hallucination", "timestamps")
+        is_rate = metric in ("error_rate", "hallucination", "timestamps", "diarization_error_rate")
         found[source, task, language] = tuple(
             Utterance(item, text, clips[source, item.id], count if is_rate else whole - count, whole)
             for item, text, count, whole in zip(items, texts, *counted, strict=True)

@@ -25,6 +25,10 @@ Metric = Literal[
     "captions",
     "map",
     "timestamps",
+    "slot_f1",
+    "event_f1",
+    "span_iou",
+    "diarization_error_rate",
 ]
 LETTERS = "ABCDEFGHIJ"
 

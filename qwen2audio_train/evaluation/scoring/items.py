@@ -17,12 +17,18 @@ TASK_METRICS: dict[str, Metric] = {
     "osr": "error_rate",
     "s2tt": "bleu",
     "srwt": "timestamps",
+    "sf": "slot_f1",
+    "ner": "slot_f1",
+    "sed": "event_f1",
+    "sg": "span_iou",
+    "ag": "span_iou",
+    "sd": "diarization_error_rate",
 }
 """Metric of a task; every other task has short answers and is scored by accuracy. The pools name the metric that a task
 asks for; a test keeps the two together."""
 
-OPEN_TASKS = frozenset({"aac", "mc", "sd", "sg", "ag", "sed", "sf", "ner"})
-"""Captions, which only a judge or `meta.references`, all that are right, can score, and answers of several parts."""
+OPEN_TASKS = frozenset({"aac", "mc"})
+"""Captions, which only a judge or `meta.references`, all that are right, can score."""
 
 
 @dataclass(frozen=True)

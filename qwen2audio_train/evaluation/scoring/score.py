@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen2audio_train.evaluation.scoring import captions, labels, metrics, timestamps
+from qwen2audio_train.evaluation.scoring import captions, labels, metrics, spans, timestamps
 from qwen2audio_train.evaluation.scoring.benchmarks import Metric, benchmarks
 from qwen2audio_train.evaluation.scoring.bootstrap import Score, proportion, ratio_score
 from qwen2audio_train.evaluation.scoring.items import Item, Seen
@@ -27,6 +27,10 @@ STAMPS: dict[Metric, str] = {
     "hallucination": "any_words/1",
     "map": "labels/1",
     "timestamps": "aas/1",
+    "slot_f1": "slots/1",
+    "event_f1": "events_200ms_half/1",
+    "span_iou": "spans/1",
+    "diarization_error_rate": "der_no_collar/1",
 }
 """Name and version of how an answer is read and scored, by metric; raised whenever a change can move a number."""
 
@@ -107,6 +111,9 @@ def counts_of(metric: Metric, items: Sequence[Item], texts: Sequence[str]) -> Co
         return None
     if metric == "timestamps":
         return timestamps.shifts_ms(references, texts)[:2]
+    if metric in spans.COUNTS:
+        counted = [spans.COUNTS[metric](wanted, said, language) for wanted, said in zip(references, texts, strict=True)]
+        return [top for top, _ in counted], [bottom for _, bottom in counted]
     if metric == "error_rate":
         return metrics.edit_counts(references, texts, [language] * len(items))
     if metric == "hallucination":
@@ -157,6 +164,10 @@ def _main_score(
         return rate
     if metric == "bleu":
         return metrics.bleu(references, texts, items[0].text_language, **settings)
+    if metric in spans.COUNTS:
+        counted = counts_of(metric, items, texts)
+        assert counted is not None
+        return ratio_score(metric, *counted, **settings)
     if metric in ("choice", "letter", "hallucination"):
         counted = counts_of(metric, items, texts)
         assert counted is not None
