@@ -157,7 +157,8 @@ def stock_texts(
     if not cut and len(list(heard_whole(examples, recipe))) < len(examples):
         raise ExampleError("the stock processor hears the first 30 s of a clip alone: leave longer ones out")
     processor = AutoProcessor.from_pretrained(folder)
-    stock: Any = getattr(transformers, family_of(recipe.family).model_class)
+    family = family_of(recipe.family)
+    stock: Any = getattr(transformers, family.model_class)
     model: Any = stock.from_pretrained(base or folder)
     if base is not None:
         model = load_adapter(model, str(folder), trainable=False)
@@ -168,7 +169,11 @@ def stock_texts(
         rendered = render_as(recipe, example, for_generation=True)
         waveforms = [load_clip(clip, recipe) for clip in rendered.clips]
         inputs = processor(
-            text=rendered_text(rendered), audio=waveforms or None, sampling_rate=SAMPLING_RATE, return_tensors="pt"
+            text=rendered_text(rendered),
+            audio=waveforms or None,
+            sampling_rate=SAMPLING_RATE,
+            return_tensors="pt",
+            **family.processor_options,
         )
         ids = model.generate(**inputs, **greedy)
         answer = ids[0, inputs["input_ids"].size(1) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Family:
         audio_token: placeholder of one audio embedding.
         clip: markup before and after a clip in the task form.
         chat_clip: the same in a chat, where `{number}` counts the clips of the conversation.
-        system_prompt: system message where a conversation starts without one; empty: there is none.
+        system_prompt: system message where a conversation starts without one; None: there is none.
         turn_head: markup before a message; `{role}` is system, user or assistant.
         turn_end: token that ends a message, learnt where the message is.
         turn_tail: markup after that token, never learnt.
@@ -47,7 +47,10 @@ class Family:
             `clip_...`; made in the workers, so that no forward has to wait for the device to tell it.
         lookahead_frames: frames after a clip's end that its last embedding sees (of the padding, as the stock extractor
             has it).
-        model_class, processor_class: transformers' classes that read what is exported.
+        model_class, processor_class, extractor_class: transformers' classes that read what is exported.
+        extractor_options: what the extractor is made with.
+        processor_options: what the stock processor has to be told at every call to hear what is heard here.
+        chat_template: of the processor that is saved; None: the one that its class brings along.
         sub_configs: of the architecture, and the `model_type` that each is of when it names none.
         audio_token_key: the config's field for the id of `audio_token`.
         published_names: where weights of the published checkpoints lie in transformers' modules, as patterns.
@@ -64,7 +67,7 @@ class Family:
     audio_token: str
     clip: tuple[str, str]
     chat_clip: tuple[str, str]
-    system_prompt: str
+    system_prompt: str | None
     turn_head: str
     turn_end: str
     turn_tail: str
@@ -85,6 +88,10 @@ class Family:
     encoder_stem: str
     adapter_targets: Mapping[str, str]
     blocks: tuple[str, ...]
+    extractor_class: str = "WhisperFeatureExtractor"
+    extractor_options: Mapping[str, Any] = field(default_factory=dict)
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
     clip_index: Callable[[Sequence[int]], dict[str, Any]] = nothing
     positions: Callable[[int, np.ndarray], np.ndarray] = one_after_the_other
 

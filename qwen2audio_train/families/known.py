@@ -5,8 +5,9 @@ from __future__ import annotations
 from qwen2audio_train.errors import UserError
 from qwen2audio_train.families.family import Family
 from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
+from qwen2audio_train.families.qwen3_asr import QWEN3_ASR
 
-FAMILIES: dict[str, Family] = {QWEN2_AUDIO.name: QWEN2_AUDIO}
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2_AUDIO, QWEN3_ASR)}
 
 DEFAULT = QWEN2_AUDIO
 """What is meant where a recipe or a checkpoint names no family."""

@@ -21,8 +21,9 @@ from qwen2audio_train.model.assemble import assemble
 from qwen2audio_train.model.freeze import part_of
 from qwen2audio_train.model.packed import PackedAudioLM, unwrap
 from qwen2audio_train.model.qwen2_audio import PackedQwen2Audio
+from qwen2audio_train.model.qwen3_asr import PackedQwen3ASR
 
-MODELS: dict[str, type[PackedAudioLM]] = {PackedQwen2Audio.family.name: PackedQwen2Audio}
+MODELS: dict[str, type[PackedAudioLM]] = {model.family.name: model for model in (PackedQwen2Audio, PackedQwen3ASR)}
 """The classes of the families."""
 
 

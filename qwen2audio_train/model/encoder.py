@@ -10,9 +10,10 @@ padding does at the borders of a window.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,10 +39,16 @@ class ClipIndex(NamedTuple):
     def of(cls, clip_frames: Tensor, batch: Clips | None) -> ClipIndex:
         """That of a batch, or else made of the clips' frames (A,), for which the host waits for the device."""
         if batch is None:
-            made = clip_index(clip_frames.tolist())
-            arrays = {name: value for name, value in made.items() if name != "clip_longest"}
-            batch = made | {name: torch.from_numpy(v).to(clip_frames.device) for name, v in arrays.items()}
+            batch = index_on(clip_index, clip_frames)
         return cls(*(batch[f"clip_{name}"] for name in cls._fields))
+
+
+def index_on(made_by: Callable[[Sequence[int]], Clips], clip_frames: Tensor) -> Clips:
+    """`Family.clip_index` of clips of so many frames (A,), its arrays as tensors where these are."""
+    return {
+        name: torch.from_numpy(value).to(clip_frames.device) if isinstance(value, np.ndarray) else value
+        for name, value in made_by(clip_frames.tolist()).items()
+    }
 
 
 def encode_packed(tower: Qwen2AudioEncoder, mel: Tensor, clip_frames: Tensor, index: Clips | None = None) -> Tensor:

@@ -41,7 +41,7 @@ def log_mel(waveform: np.ndarray, num_mel_bins: int = NUM_MEL_BINS, family: Fami
     if frames < MIN_FRAMES or len(waveform) > MAX_SAMPLES:
         seconds = len(waveform) / SAMPLING_RATE
         raise ValueError(f"a window of {seconds:g} s: the encoder takes more than 0.02 s and at most 30 s")
-    visible = min(frames + family.lookahead_frames, MAX_FRAMES)
+    visible = min(frames + family.lookahead_frames, family.mel_columns(frames), MAX_FRAMES)
     # At least 32 frames: narrower matrix products take another path in BLAS and differ in the last bit.
     width = max(visible, 32)
     spectrum = torch.fft.rfft(_windowed(waveform, width)).numpy()

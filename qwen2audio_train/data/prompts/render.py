@@ -199,7 +199,7 @@ def _chat_pieces(messages: tuple[Message, ...], labelled: tuple[int, ...], famil
     """The chat of the published template; the messages whose indices are in `labelled` are what is learnt."""
     pieces: list[Piece] = []
     num_clips = 0
-    if messages[0].role != "system" and family.system_prompt:
+    if messages[0].role != "system" and family.system_prompt is not None:
         head = family.turn_head.format(role="system")
         pieces.append(Text(f"{head}{family.system_prompt}{family.turn_end}{family.turn_tail}", is_markup=True))
     for index, message in enumerate(messages):

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin, WhisperFeatureExtractor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from qwen2audio_train.config.schema import ConfigError
 from qwen2audio_train.families.family import Family
@@ -98,9 +98,12 @@ def build_processor(
     tokenizer: PreTrainedTokenizerBase, num_mel_bins: int = NUM_MEL_BINS, family: Family = DEFAULT
 ) -> ProcessorMixin:
     """The stock processor around a tokenizer, with the published chat template."""
-    extractor = WhisperFeatureExtractor(feature_size=num_mel_bins, return_attention_mask=True)
     processor_class: Any = getattr(transformers, family.processor_class)
+    extractor_class: Any = getattr(transformers, family.extractor_class)
+    extractor = extractor_class(feature_size=num_mel_bins, return_attention_mask=True, **family.extractor_options)
     processor: ProcessorMixin = processor_class(feature_extractor=extractor, tokenizer=tokenizer)
+    if family.chat_template is not None:
+        processor.chat_template = family.chat_template
     tokenizer.chat_template = processor.chat_template
     return processor
 
