@@ -35,6 +35,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import workload
 from datasets import Dataset
 from record import save
 from tokenizers import Tokenizer
@@ -58,16 +59,39 @@ from qwen2audio_train.training.trainers.dpo import AudioDPOTrainer
 from qwen2audio_train.training.trainers.packed import RunFiles
 
 AUDIO_ID, PAD_ID = 4095, 0
-AUDIO = {"d_model": 320, "encoder_layers": 3, "encoder_attention_heads": 5, "encoder_ffn_dim": 1280}
-TEXT = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408}
+SHAPES: dict[str, dict[str, dict[str, int]]] = {
+    **workload.SHAPES,
+    "small": {
+        "audio_config": {"d_model": 320, "encoder_layers": 3, "encoder_attention_heads": 5, "encoder_ffn_dim": 1280},
+        "text_config": {
+            "hidden_size": 512,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "intermediate_size": 1408,
+            "vocab_size": 4096,
+        },
+    },
+}
 ADAPTER = AdapterConfig(kind=AdapterKind.lora, r=8, modules=["language_model"])
 KINDS = ("live", "adapter_off", "cached")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
-def architecture() -> Qwen2AudioConfig:
-    text = {**TEXT, "num_key_value_heads": TEXT["num_attention_heads"], "vocab_size": 4096}
-    return Qwen2AudioConfig(audio_config=AUDIO, text_config=text, audio_token_index=AUDIO_ID)
+def built(make: Any, options: argparse.Namespace) -> Any:
+    """A model with the random weights of its class, made on the device and in the dtype that it is used in."""
+    parts: Any = {name: dict(part) for name, part in SHAPES[options.shape].items()}
+    config = Qwen2AudioConfig(**parts, audio_token_index=AUDIO_ID)
+    if make is Qwen2AudioForConditionalGeneration:
+        config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    try:
+        with torch.device(options.device):
+            return make(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def random_pairs(count: int) -> list[Sample]:
@@ -152,7 +176,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")
 
 
-def stock_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatch, dtype: torch.dtype) -> DPOTrainer:
+def stock_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatch, options: Any) -> DPOTrainer:
     rows = [
         {
             "prompt_ids": pair.input_ids.tolist(),
@@ -163,11 +187,12 @@ def stock_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwa
         for number, pair in enumerate(pairs)
     ]
     args.precompute_ref_log_probs = kind == "cached"
-    policy, weights = stock_model(dtype), packed_model(dtype).state_dict()
+    weights = built(PackedQwen2Audio, options).state_dict()
+    policy = built(Qwen2AudioForConditionalGeneration, options)
     policy.load_state_dict(weights)
     frozen = None
     if kind == "live":
-        frozen = stock_model(dtype)
+        frozen = built(Qwen2AudioForConditionalGeneration, options)
         frozen.load_state_dict(weights)
     return TokenisedDPOTrainer(
         policy,
@@ -181,11 +206,11 @@ def stock_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwa
     )
 
 
-def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatch, dtype: torch.dtype) -> DPOTrainer:
+def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatch, options: Any) -> DPOTrainer:
     size = args.per_device_train_batch_size
     batches = [tensors(pack_preference(pairs[start : start + size])) for start in range(0, len(pairs), size)]
-    policy: Any = packed_model(dtype)
-    frozen = packed_model(dtype) if kind == "live" else None
+    policy = built(PackedQwen2Audio, options)
+    frozen = built(PackedQwen2Audio, options) if kind == "live" else None
     if kind == "adapter_off":
         torch.manual_seed(args.seed)
         policy = apply_adapter(policy, ADAPTER)
@@ -203,19 +228,6 @@ def our_trainer(kind: str, pairs: list[Sample], args: DPOConfig, watch: Stopwatc
     if kind == "cached":
         trainer.precompute_reference(cast(list[PreferenceBatch], batches))
     return trainer
-
-
-def packed_model(dtype: torch.dtype) -> PackedQwen2Audio:
-    torch.manual_seed(0)
-    model: Any = PackedQwen2Audio(architecture())
-    return model.to(dtype)
-
-
-def stock_model(dtype: torch.dtype) -> Qwen2AudioForConditionalGeneration:
-    config = architecture()
-    config._attn_implementation = "sdpa"
-    model: Any = Qwen2AudioForConditionalGeneration(config)
-    return model.to(dtype)
 
 
 def run(side: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -246,7 +258,7 @@ def run(side: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
         watch = Stopwatch(options.device)
         build = our_trainer if side == "ours" else stock_trainer
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        trainer = build(kind, pairs, args, watch, getattr(torch, options.dtype))
+        trainer = build(kind, pairs, args, watch, options)
         trainer.train()
     if options.device == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
@@ -261,6 +273,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=1)
@@ -283,14 +296,14 @@ def main() -> None:
             sys.exit(f"{kind}: the losses differ, so the times mean nothing: stock {stock}, ours {ours}")
     figures = {"speedup": ratios(found, "seconds_per_step"), "memory_ratio": ratios(found, "memory_mib")}
     if options.save:
-        settings = {name: getattr(options, name) for name in ("device", "dtype", "pairs", "steps", "threads")}
+        settings = {name: getattr(options, name) for name in ("device", "dtype", "shape", "pairs", "steps", "threads")}
         save(options.save, {**figures, "settings": settings, "ways": {" ".join(way): found[way] for way in ways}})
     print(json.dumps(figures))
 
 
 def in_own_process(side: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", side, kind]
-    for name in ("device", "dtype", "pairs", "steps", "threads"):
+    for name in ("device", "dtype", "shape", "pairs", "steps", "threads"):
         command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

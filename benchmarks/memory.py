@@ -44,6 +44,11 @@ CASES: dict[str, tuple[str, ...]] = {
     "float32, AdamW, both selectively checkpointed": (*FLOAT32, *BOTH_SELECTIVE),
     "float32, AdamW, frozen tower": (*FLOAT32, "model.freeze.audio_tower=true"),
     "float32, LoRA": (*FLOAT32, "adapter.kind=lora"),
+    "bfloat16, AdamW with stochastic rounding, both checkpointed": (
+        *BF16,
+        "trainer.optim=adamw_bf16_stochastic",
+        *BOTH_FULL,
+    ),
     "bfloat16, LoRA, both checkpointed": (*BF16, "adapter.kind=lora", *BOTH_FULL),
     "bfloat16, LoRA, both selectively checkpointed": (*BF16, "adapter.kind=lora", *BOTH_SELECTIVE),
 }
@@ -85,15 +90,15 @@ def recipe(overrides: tuple[str, ...], samples: int, shape: dict[str, Any]) -> A
     return load_config(given, StageConfig)
 
 
-def measure(name: str, samples: int) -> dict[str, Any]:
-    """One case, in this process."""
+def measure(name: str, samples: int, shape: dict[str, Any]) -> dict[str, Any]:
+    """One case at a shape of `workload.SHAPES`, in this process."""
     from qwen2audio_train.planning.dry_run import make_plan
     from qwen2audio_train.planning.find_batch import attempt, stepper
     from qwen2audio_train.planning.forecast import PlanOptions, forecast, typical_sample
     from qwen2audio_train.planning.peak_memory import PeakMemory
 
     options = PlanOptions(clip_s=CLIP_S, prompt_tokens=PROMPT_TOKENS, label_tokens=LABEL_TOKENS)
-    plan, small = (make_plan(recipe(CASES[name], count, SHAPES["small"]), 1) for count in (samples, 1))
+    plan, small = (make_plan(recipe(CASES[name], count, shape), 1) for count in (samples, 1))
     typical = typical_sample(plan, options)
     expected, least = (forecast(p, typical, options).memory.total for p in (plan, small))
     # What libraries load and allocate when they first train anything is no option's doing.
@@ -147,7 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     samples = args.samples or (3 if args.quick else 6)
     if args.case:
-        print(json.dumps(measure(args.case, samples)))
+        print(json.dumps(measure(args.case, samples, SHAPES["small"])))
         return
     cases = {}
     for name in QUICK if args.quick else CASES:

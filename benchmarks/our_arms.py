@@ -123,13 +123,14 @@ def our_trainer(
     inner: type[PackedQwen2AudioModel] = PackedQwen2AudioModel,
     packs: type[Packs] = Packs,
     recomputed: Sequence[str] = ("audio_tower", "language_model"),
+    policy: CheckpointingPolicy = CheckpointingPolicy.selective,
 ) -> Trainer:
     """Our trainer; the classes of the model and of its batches hold the tricks, but for what layers keep."""
 
     def make(config: Any) -> PackedQwen2Audio:
         model = whole(config)
         model.model.__class__ = inner
-        set_activation_checkpointing(model, recomputed, CheckpointingPolicy.selective)
+        set_activation_checkpointing(model, recomputed, policy)
         return model
 
     return AudioTrainer(

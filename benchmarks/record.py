@@ -28,10 +28,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that compute."""
+    return {package: version(package) for package in PACKAGES}
+
+
 def save(name: str, figures: dict[str, Any]) -> Path:
     """Write `figures` to `results/<name>.json` with the machine and the versions of what computed."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    stored = {"machine": machine(), "versions": {package: version(package) for package in PACKAGES}, **figures}
+    stored = {"machine": machine(), "versions": versions(), **figures}
     path.write_text(json.dumps(stored, indent=1) + "\n")
     return path

@@ -40,12 +40,14 @@ from typing import Any
 import torch
 from counted import Memory, clock, counted, matrix_rate
 from our_arms import OUR_ARMS
+from peft import get_peft_model
 from record import save
 from transformers import PrinterCallback, TrainerCallback
 from workload import CLIPS, LENGTH_SETS, SHAPES, STOCK_ARMS, Workload, seconds_of
 
 from qwen2audio_train.config.schema import AdapterConfig, AdapterKind
-from qwen2audio_train.model.adapters import apply_adapter
+from qwen2audio_train.families.qwen2_audio import QWEN2_AUDIO
+from qwen2audio_train.model.adapters import lora_config
 
 ARMS = OUR_ARMS | STOCK_ARMS
 FORK = multiprocessing.get_context("fork")  # what all arms import is imported once
@@ -99,9 +101,10 @@ def run_arm(arm: str, length_set: str, options: argparse.Namespace, pipe: Connec
 
 
 def adapted(model: Any) -> Any:
-    """LoRA on the language model; all else is frozen."""
+    """LoRA on the language model, by our names of its modules, which the stock model has too; all else is frozen."""
     torch.manual_seed(1)
-    return apply_adapter(model, AdapterConfig(kind=AdapterKind.lora, modules=["language_model"]))
+    config = AdapterConfig(kind=AdapterKind.lora, modules=["language_model"])
+    return get_peft_model(model, lora_config(config, QWEN2_AUDIO))
 
 
 class Arm:

@@ -59,6 +59,18 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
             "vocab_size": 4096,
         },
     },
+    # What tests take; nothing that is timed on it means anything.
+    "tiny": {
+        "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64},
+        "text_config": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 128,
+            "vocab_size": 4096,
+        },
+    },
     "7b": {
         "audio_config": {},
         "text_config": {
