@@ -23,6 +23,7 @@ LAST_TOKEN_S = 30.0
 """The latest time that has a token."""
 
 _TOKEN = re.compile(r"<\|(\d+\.\d\d)\|>")
+_SPAN = re.compile(r"<(\d+\.\d\d)>([^<>]+)<(\d+\.\d\d)>")
 
 
 def timestamp_tokens() -> list[str]:
@@ -37,6 +38,11 @@ def timestamp_token(seconds: float) -> str:
 def written(spans: Sequence[Span]) -> str:
     """The spans as text."""
     return " ".join(f"<{span.start_s:.2f}>{span.text}<{span.end_s:.2f}>" for span in spans)
+
+
+def spans_in(text: str) -> list[Span]:
+    """The spans that an answer writes, in either form and in its order; what is no span is passed over."""
+    return [Span(float(start), float(end), said.strip()) for start, said, end in _SPAN.findall(as_text(text))]
 
 
 def as_text(answer: str) -> str:

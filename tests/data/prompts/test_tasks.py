@@ -22,7 +22,7 @@ from qwen2audio_train.data.manifests.manifest import parse_record, read_manifest
 from qwen2audio_train.data.manifests.record import to_record
 from qwen2audio_train.data.prompts import pools
 from qwen2audio_train.data.prompts.render import render, rendered_text
-from qwen2audio_train.data.prompts.timestamps import as_text, decode, timestamp_tokens, written
+from qwen2audio_train.data.prompts.timestamps import as_text, decode, spans_in, timestamp_tokens, written
 from qwen2audio_train.data.prompts.tokenize import tokenize
 from qwen2audio_train.data.prompts.tokenizer import of_family, train_tokenizer
 from qwen2audio_train.errors import ExampleError
@@ -111,8 +111,10 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], complaint: str) ->
 def test_times_are_written_and_read_again_in_both_forms() -> None:
     spans = (Span(0.0, 0.604, "good"), Span(0.61, 12.3, "New York"))
     assert written(spans) == "<0.00>good<0.60> <0.61>New York<12.30>"
+    assert spans_in(written(spans)) == [Span(0.0, 0.6, "good"), Span(0.61, 12.3, "New York")]
     tokens = "<|0.00|>good<|0.60|><|0.61|>New York<|12.30|>"
     assert as_text(tokens) == written(spans)
+    assert spans_in(tokens) == spans_in(written(spans))
     assert (len(timestamp_tokens()), timestamp_tokens()[-1]) == (3001, "<|30.00|>")
 
 
