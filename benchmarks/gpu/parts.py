@@ -84,7 +84,8 @@ class Kept:
     """What `make` gave, again: batches are made before time counts."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
-        self.make, self.made = make, {}
+        self.make = make
+        self.made: dict[str, Any] = {}
 
     def __call__(self, asked: Any) -> Any:
         key = json.dumps(asked)

@@ -76,11 +76,11 @@ def test_memory_stands_beside_its_forecast(found: list[dict[str, Any]]) -> None:
 
 def test_a_part_that_fails_or_takes_too_long_is_a_line(tmp_path: Path) -> None:
     """A second for a part is too little; one clip is too few for the stock path's forwards."""
-    out = tmp_path / "lines"
-    found = lines(out, "--dtype", "bfloat16", "--parts", "parity", "--minutes", "0.01")
+    found = lines(tmp_path / "late", "--dtype", "bfloat16", "--parts", "parity", "--minutes", "0.01")
     assert [sorted(line) for line in found] == [["error", "part"], ["part", "seconds_over_ours"]]
     assert "not done within" in found[0]["error"]
-    found = lines(out, "--dtype", "float32", "--parts", "full.stock", "device", "--clips", "1", "--minutes", "60")
+    one_clip = ("--clips", "1", "--minutes", "60")
+    found = lines(tmp_path / "small", "--dtype", "float32", "--parts", "full.stock", "device", *one_clip)
     (error,) = of(found, "full.stock", "error")
-    assert "Traceback" in error
+    assert "ValueError: batch_size should be a positive integer" in error
     assert of(found, "device", "matrix_tflops")
