@@ -10,8 +10,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from qwen2audio_train.training.checkpoints.folder import (
 )
 
 PARTIAL = ".partial"
+NO_MORE_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a disk says that is full, whose quota is used up, or that has been made read-only after an error."""
 
 
 def seal(partial: Path, target: Path) -> None:
@@ -95,12 +98,33 @@ def shortage(run_dir: Path, least: int) -> str | None:
 def write_failure(target: Path, reason: str | Exception) -> CheckpointError:
     """What to say when a checkpoint could not be written; what was written of it is deleted."""
     shutil.rmtree(target.with_suffix(PARTIAL), ignore_errors=True)
-    free = _gib(shutil.disk_usage(target.parent).free)
-    others = [f"{folder.name} ({_gib(size_of(folder))})" for folder in sorted(target.parent.glob("checkpoint-*"))]
+    return CheckpointError(f"{target}: could not be written ({reason}; {_what_is_left(target.parent)}")
+
+
+@contextmanager
+def disk_failures_in_words(run_dir: Path) -> Iterator[None]:
+    """For the writing of logs and the like into a run folder.
+
+    Raises:
+        CheckpointError: in place of the OSError of a disk that is full or read-only, or of a run folder that is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not run_dir.is_dir():
+            raise CheckpointError(f"run_dir={run_dir}: was deleted or moved away during the run ({error})") from error
+        if error.errno not in NO_MORE_WRITES:
+            raise
+        raise CheckpointError(f"run_dir={run_dir}: cannot go on ({error}; {_what_is_left(run_dir)}") from error
+
+
+def _what_is_left(run_dir: Path) -> str:
+    free = _gib(shutil.disk_usage(run_dir).free)
+    others = [f"{folder.name} ({_gib(size_of(folder))})" for folder in sorted(run_dir.glob("checkpoint-*"))]
     to_free = f"To make room: a lower trainer.save_total_limit; here lie {', '.join(others)}. " if others else ""
-    complete = complete_checkpoints(target.parent)
+    complete = complete_checkpoints(run_dir)
     newest = f"{complete[-1]} is complete and will be resumed from" if complete else "there is no earlier checkpoint"
-    return CheckpointError(f"{target}: could not be written ({reason}; {free} are free). {to_free}{newest}")
+    return f"{free} are free). {to_free}{newest}"
 
 
 def _gib(size: float) -> str:

@@ -36,6 +36,7 @@ from qwen2audio_train.training.checkpoints.bases import (
     start_of,
     write_base,
 )
+from qwen2audio_train.training.checkpoints.writing import disk_failures_in_words
 from qwen2audio_train.training.stages.ends import check_watched, end_of, say_how_it_ended, warn_of_early_end
 from qwen2audio_train.training.stages.process import process, warnings_only
 from qwen2audio_train.training.stages.resume import check_resume, plain, told_by_rank_0
@@ -152,6 +153,7 @@ def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     """Train from the newest complete checkpoint, or from the start, and write a checkpoint of the last step.
 
     Raises:
+        CheckpointError: the disk is full or read-only, or the run folder was deleted.
         SystemExit: with the status `stop.STOPPED`, after a signal has ended the run before its last step.
     """
     trainer.remove_callback(PrinterCallback)
@@ -163,7 +165,8 @@ def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     if over:
         return
     warn_of_early_end(trainer)
-    with trainer.stop.heeded(), trainer.watchdog.watching(config.watchdog_s):
+    writes = disk_failures_in_words(Path(config.run_dir))
+    with trainer.stop.heeded(), trainer.watchdog.watching(config.watchdog_s), writes:
         trainer.train(resume_from_checkpoint=str(point) if point else None)
         trainer.save_final_checkpoint()
     say_how_it_ended(trainer)
