@@ -188,6 +188,7 @@ class StageConfig:
         dry_run: resolve everything, print the plan and stop.
         num_threads: CPU threads of each rank; 0 leaves torch's choice.
         watchdog_s: seconds without a batch or a save until a rank prints its stack traces and ends; 0 waits for ever.
+        keep_every_steps: checkpoints of every so many steps are kept, whatever `trainer.save_total_limit` says.
         model: weights, and what of them is trained.
         data: corpora, and how they are laid out.
         adapter: low-rank adaptation.
@@ -210,6 +211,7 @@ class StageConfig:
     dry_run: bool = False
     num_threads: int = at_least(0, 0)
     watchdog_s: float = at_least(0, 1800.0)
+    keep_every_steps: int | None = at_least(1, None)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -41,6 +41,7 @@ RULES: dict[str, Rule] = {
     "dry_run": Rule.call,
     "num_threads": Rule.free,
     "watchdog_s": Rule.free,
+    "keep_every_steps": Rule.free,
     "model": Rule.refused,
     "model.path": Rule.content,
     "model.audio_encoder": Rule.content,

@@ -24,6 +24,7 @@ from qwen2audio_train.training.checkpoints.folder import (
     CheckpointError,
     checksum,
     complete_checkpoints,
+    step_of,
     users,
 )
 
@@ -143,11 +144,12 @@ def drop_partials(run_dir: Path) -> None:
     drop(run_dir.glob(f"checkpoint-*{PARTIAL}"))
 
 
-def rotate(run_dir: Path, keep: int | None, *, spare: int | None = None) -> None:
+def rotate(run_dir: Path, keep: int | None, *, spare: int | None = None, every: int | None = None) -> None:
     """Delete what interrupted saves left, and the oldest checkpoints beyond `keep`.
 
-    Those that another run builds on stay, and that of step `spare`.
+    Those that another run builds on stay, that of step `spare`, and those of every `every` steps.
     """
     drop_partials(run_dir)
-    old = complete_checkpoints(run_dir)[:-keep] if keep else []
-    drop(folder for folder in old if folder.name != f"checkpoint-{spare}" and not users(folder))
+    beyond = complete_checkpoints(run_dir)[:-keep] if keep else []
+    old = [folder for folder in beyond if step_of(folder) != spare and not (every and step_of(folder) % every == 0)]
+    drop(folder for folder in old if not users(folder))

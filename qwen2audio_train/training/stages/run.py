@@ -165,6 +165,7 @@ def fit(trainer: PackedTrainer, config: StageConfig) -> None:
     if over:
         return
     warn_of_early_end(trainer)
+    trainer.keep_every_steps = config.keep_every_steps
     writes = disk_failures_in_words(Path(config.run_dir))
     with trainer.stop.heeded(), trainer.watchdog.watching(config.watchdog_s), writes:
         trainer.train(resume_from_checkpoint=str(point) if point else None)

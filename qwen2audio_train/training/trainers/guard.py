@@ -145,6 +145,7 @@ class GuardedTrainer(Trainer):
     loader: Any
     model: Any
     model_wrapped: Any
+    keep_every_steps: int | None = None
     _tr_loss: Tensor
 
     def __init__(self, *args: Any, max_skipped_steps: int, **kwargs: Any) -> None:
@@ -234,7 +235,8 @@ class GuardedTrainer(Trainer):
         self.guard.unproven = None
         if self.args.should_save:
             best = self.state.best_global_step if self.args.save_strategy == "best" else None
-            writing.rotate(Path(str(self.args.output_dir)), self.args.save_total_limit, spare=best)
+            run_dir, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
+            writing.rotate(run_dir, limit, spare=best, every=self.keep_every_steps)
 
     def sum_over_ranks(self, values: Tensor, device: Any = None) -> Tensor:
         """Sum of a tensor over all ranks."""

@@ -185,6 +185,10 @@ def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-11.partial").mkdir()
     writing.rotate(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+    writing.rotate(tmp_path, keep=1, every=10)
+    assert len(complete_checkpoints(tmp_path)) == 2
+    writing.rotate(tmp_path, keep=1, every=20)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-100"]
 
 
 # Interrupted saves and full disks -------------------------------------------------------------------------------------

@@ -70,3 +70,10 @@ def test_a_run_folder_that_is_deleted_meanwhile_is_named(noise: Path, tmp_path: 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), disk_failures_in_words(tmp_path):
         raise PermissionError(13, "Permission denied")
+
+
+def test_every_second_checkpoint_stays_for_good(noise: Path, tmp_path: Path) -> None:
+    saves = ("trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.save_total_limit=1")
+    train(recipe(noise, tmp_path / "run", *saves, "keep_every_steps=2"))
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-4"]
