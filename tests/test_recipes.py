@@ -32,6 +32,7 @@ COMPANIONS = {
     "model=qwen2_audio_7b_instruct": ["deepspeed=zero2", "trainer.bf16=true"],
     "model=qwen2_audio": ["deepspeed=zero2", "trainer.bf16=true"],
     "model=qwen_audio": ["deepspeed=zero2", "trainer.bf16=true"],
+    "model=qwen3_asr_1_7b": ["deepspeed=zero2", "trainer.bf16=true"],
     "deepspeed=zero2_offload": ["trainer.optim=adamw_torch"],
     "deepspeed=zero3_offload": ["trainer.optim=adamw_torch"],
 }
