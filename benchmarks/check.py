@@ -26,8 +26,8 @@ from record import machine, versions
 
 HERE = Path(__file__).parent
 NOISE = 0.15
-"""Relative. Two runs of `train_step.py --quick` on a shared machine differ by up to a tenth, since a step is timed once
-or twice and the stock Trainer still pages memory in."""
+"""Relative; a guess until several runs are recorded: `--quick` times a step once or twice, and the stock Trainer still
+pages memory in."""
 
 Baseline = dict[str, Any]
 
@@ -47,7 +47,13 @@ def _loader(line: dict[str, Any]) -> dict[str, float]:
     """Our audio seconds per second and core over every other way's, on clips of 5 s."""
     others = dict(line["audio_s_per_s_per_core"])
     ours = others.pop("ours")
-    return _named(speed={name: ours / rate for name, rate in others.items() if name != "ours_streaming"})
+    return _named(speed={name: ours / rate for name, rate in others.items() if not name.startswith("ours")})
+
+
+def _generation(line: dict[str, Any]) -> dict[str, float]:
+    """The stock class's seconds over ours, and how many answers to a prompt cost as much as one by itself."""
+    found = line["generation"]
+    return _named(speed={"stock": found["over_stock"], "eight answers": 8 / found["eight_over_one"]})
 
 
 def _memory(line: dict[str, Any]) -> dict[str, float]:
@@ -60,6 +66,7 @@ RATIOS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
     "train_step": _train_step,
     "dpo_step": _dpo_step,
     "loader": _loader,
+    "generation": _generation,
     "memory": _memory,
 }
 """From a benchmark's last line to its ratios."""
