@@ -45,7 +45,13 @@ def main(config: EvaluateConfig) -> None:
         config.checkpoint, samples=config.sample, num_threads=config.num_threads, dtype=config.dtype
     )
     model, tokenizer, samples = loaded.model, loaded.tokenizer, loaded.samples
-    decoding = Decoding(max_new_tokens=config.max_new_tokens, tokens_per_batch=config.tokens_per_batch)
+    decoding = Decoding(
+        max_new_tokens=config.max_new_tokens,
+        tokens_per_batch=config.tokens_per_batch,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
     drawn: dict[str, Any] = {"seed": config.seed, "bootstrap_samples": config.bootstrap_samples}
     seen = [example for path in config.train_manifests for example in read_manifest(path)]
     found = [example for path in config.manifests.values() for example in read_manifest(path)]

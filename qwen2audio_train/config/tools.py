@@ -22,10 +22,12 @@ class EvaluateConfig:
         pairs: preference manifest on which pair accuracy is measured.
         train_manifests: training manifests whose words count as seen, and whose labels give the majority class.
         output_dir: where `metrics.json`, `table.txt` and the decoded texts go.
-        seed: of the confidence intervals.
+        seed: of the confidence intervals, and of sampling.
         max_examples: only so many examples of each source, evenly from all of it; 0 takes all.
         max_new_tokens: longest answer in tokens.
         tokens_per_batch: prompt and answer tokens of a batch while decoding.
+        temperature: of sampling an answer, which depends on `seed` and on the example, not on its batch; 0 is greedy.
+        top_p: nucleus that is sampled from.
         num_threads: CPU threads of each rank; 0 leaves torch's choice.
         bootstrap_samples: resamples behind each confidence interval.
         label_likelihood: score closed sets also by which of their answers is the likeliest.
@@ -42,6 +44,8 @@ class EvaluateConfig:
     max_examples: int = at_least(0, 0)
     max_new_tokens: int = at_least(1, 256)
     tokens_per_batch: int = at_least(1, 8192)
+    temperature: float = at_least(0, 0.0)
+    top_p: float = at_least(0.01, 1.0, 1)
     num_threads: int = at_least(0, 0)
     bootstrap_samples: int = at_least(1, 1000)
     label_likelihood: bool = False

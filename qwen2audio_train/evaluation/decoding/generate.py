@@ -65,7 +65,7 @@ def generate_texts(
     lengths: Sequence[int] | None = None,
     kept: KeptAnswers | None = None,
 ) -> list[str | None]:
-    """The greedy answer to every prompt, in the order of `samples`; on several ranks each decodes its share.
+    """An answer to every prompt, in the order of `samples`; on several ranks each decodes its share.
 
     Args:
         samples: prompts (`materialise(..., for_generation=True)`). A sequence that loads its items when they are asked
@@ -73,8 +73,7 @@ def generate_texts(
         lengths: prompt length of every sample in tokens, roughly.
         kept: answers of a run that was broken off, and where new ones are written down as they come.
     """
-    greedy = replace(decoding, temperature=0.0, num_return_sequences=1)
-    answers = _generate(model, tokenizer, samples, greedy, lengths, kept)
+    answers = _generate(model, tokenizer, samples, replace(decoding, num_return_sequences=1), lengths, kept)
     return [None if texts is None else texts[0] for texts in answers]
 
 

@@ -175,10 +175,9 @@ def _has_captions(items: Sequence[Item]) -> bool:
 
 
 def _deciding(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides a greedy answer beside the example; the size of the batches does not."""
-    return {name: value for name, value in settings.items() if name != "tokens_per_batch"} | {
-        "weights": weights_key(model)
-    }
+    """What decides an answer beside the example: not the size of the batches, nor what only sampling reads."""
+    idle = {"tokens_per_batch"} | (set() if settings["temperature"] else {"top_p", "seed"})
+    return {name: value for name, value in settings.items() if name not in idle} | {"weights": weights_key(model)}
 
 
 def _long_audio(prompts: LazySamples) -> list[str]:

@@ -42,6 +42,15 @@ def test_texts_do_not_depend_on_the_batches(model):
     assert small == generate_texts(model, tiny_tokenizer(), samples, DECODING)
 
 
+def test_a_sampled_text_depends_on_the_seed_and_not_on_the_batch(model):
+    samples = mixed_samples()
+    drawn = replace(DECODING, temperature=1.5, seed=1)
+    texts = generate_texts(model, tiny_tokenizer(), samples, drawn)
+    assert texts == alone(model, samples, drawn)
+    assert texts != generate_texts(model, tiny_tokenizer(), samples, replace(drawn, seed=2))
+    assert texts != generate_texts(model, tiny_tokenizer(), samples, DECODING)
+
+
 def test_texts_are_those_of_the_stock_loop(model):
     samples, tokenizer = mixed_samples(), tiny_tokenizer()
     embeds, mask, _ = embed_prompts(model, samples)
