@@ -209,6 +209,7 @@ def test_it_trains_resumes_and_takes_an_adapter(noise: Path, tmp_path: Path) -> 
         assert losses[-1] < losses[0]
         shutil.copytree(tmp_path / name, tmp_path / f"{name}-again", ignore=shutil.ignore_patterns("*-6", "log.jsonl"))
         again = train(stage(noise, tmp_path / f"{name}-again", *SAVED, *more)).model
+        assert len(logged(stage(noise, tmp_path / f"{name}-again", *SAVED, *more), "loss")) == 3, "it did not go on"
         for key, weight in trained.state_dict().items():
             assert torch.equal(weight, again.state_dict()[key]), key
         names = {key for key, weight in trained.named_parameters() if weight.requires_grad}

@@ -5,11 +5,11 @@ as for error rates. Times are `<start>text<end>` in seconds (`prompts.timestamps
 as absent.
 
 - `slot_f1`: 2 x right / (asked for + answered) over pairs of name and value, both normalised, with their number: the
-  exact-match entity F1 of SLURP (Bastianelli et al. 2020, arXiv:2011.13205, section 4), not its SLU-F1, which gives
+  exact-match entity F1 of SLURP (Bastianelli et al. 2020, arXiv:2011.13205), not its SLU-F1, which gives
   credit for parts of a value.
 - `event_f1`: the same over events, where one is right that has the label of the reference's, starts within 0.2 s of it,
   and ends within 0.2 s or half of its length, whichever is more (Mesaros, Heittola, Virtanen 2016, Applied Sciences
-  6(6), section 3.3). Every event is matched once, as many as can be.
+  6(6)). Every event is matched once, as many as can be.
 - `span_iou`: mean over the utterances of seconds in both over seconds in either (intersection over union), whatever the
   text in the span is.
 - `diarization_error_rate`: (missed + false alarm + wrong speaker) / seconds of speech, each speaker's counted, under
